@@ -1,0 +1,83 @@
+"""Skip masks: the sorted, zero-based list of skipped sites, the same in code, JSON, pictures and widgets."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .config import read_json
+from .errors import ConfigError
+
+FORMAT = 1
+
+
+def check_mask(mask: Iterable[int], num_sites: int) -> tuple[int, ...]:
+    """The mask as a sorted tuple. Raises ConfigError for anything but distinct whole numbers in 0..num_sites-1."""
+    if isinstance(mask, int | str):
+        raise ConfigError(f"a mask is a list of site numbers, got {mask!r}; for one site write [{mask}]")
+    sites = []
+    for site in mask:
+        try:
+            if isinstance(site, bool):
+                raise TypeError
+            sites.append(operator.index(site))  # takes numpy and torch integers too
+        except TypeError:
+            raise ConfigError(
+                f"a mask lists the numbers of the skipped sites, zero-based; got {site!r}"
+                " (for a list of true and false, pass the positions that are true)"
+            ) from None
+    outside = [site for site in sites if not 0 <= site < num_sites]
+    if outside:
+        raise ConfigError(f"mask {sites}: sites are numbered 0 to {num_sites - 1}, so there is no {outside}")
+    if len(set(sites)) < len(sites):
+        raise ConfigError(f"mask {sites} names a site twice; name each once")
+    return tuple(sorted(sites))
+
+
+def save_mask(
+    path: str | Path,
+    mask: Iterable[int],
+    *,
+    num_sites: int,
+    kind: str = "mha",
+    model: str | None = None,
+    made_by: str = "user",
+    seed: int | None = None,
+) -> None:
+    """Write a mask as JSON: format, kind, num_sites, skipped, model, made_by, seed."""
+    skipped = check_mask(mask, num_sites)
+    record = {
+        "format": FORMAT,
+        "kind": kind,
+        "num_sites": num_sites,
+        "skipped": list(skipped),
+        "model": model,
+        "made_by": made_by,
+        "seed": seed,
+    }
+    Path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def read_mask(path: str | Path) -> dict[str, Any]:
+    """The whole record that `save_mask` wrote, checked."""
+    record = read_json(path, what="mask")
+    if record.get("format") != FORMAT:
+        raise ConfigError(f"mask {path}: wanted format {FORMAT}, got {record.get('format')!r}; update eas_kit")
+    missing = [key for key in ("num_sites", "skipped") if key not in record]
+    if missing:
+        raise ConfigError(f"mask {path} has no {missing}; save it with eas_kit.masks.save_mask")
+    record["skipped"] = list(check_mask(record["skipped"], record["num_sites"]))
+    return record
+
+
+def load_mask(path: str | Path, *, num_sites: int | None = None) -> tuple[int, ...]:
+    """The skipped sites in `path`. With `num_sites`, ConfigError unless the mask was made for that many sites."""
+    record = read_mask(path)
+    if num_sites is not None and record["num_sites"] != num_sites:
+        raise ConfigError(
+            f"mask {path} was made for {record['num_sites']} sites ({record.get('model')}), this model has {num_sites}"
+        )
+    return tuple(record["skipped"])

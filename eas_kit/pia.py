@@ -1,0 +1,182 @@
+"""PIA, the propagation-of-information adapter of Effective Attention Skipping (arXiv 2403.15226, eq. 4-13).
+
+    n (B, S, d) --+--> C: d -> r  ---------------+
+                  |                              +--> z = (Cn + c_C + Am + c_A) / 2   (B, S, r)
+                  +--> mean over the prompt, m --+         |
+                              (B, d)     A: d -> r         |    Bu, Du: r -> d, in `groups` blocks
+                                |                          v
+                                +--> router: d -> 2 --> w (B, 2)
+                                                           |
+    y = n + s * (w0 * (Bu z + c_B) + w1 * (Du z + c_D))  <-+
+
+At a kept attention there is one path only, z = An + c_A. After the prompt is read, w and Am + c_A are constants, so y
+is an affine map of n and can be folded into whichever linear reads it.
+
+Shapes: B batch, S sequence, d model width, r rank. This module imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Route(NamedTuple):
+    """What an adapter keeps of one prompt per example: all it needs after prefill, in at least float32."""
+
+    mean: Tensor
+    """m, (B, d): mean of n over the prompt."""
+    weights: Tensor
+    """w, (B, 2): the path router's softmax."""
+    pooled: Tensor | None
+    """A m + c_A, (B, r); None with one path."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Route:
+        """The same with every tensor changed, e.g. reordered along the batch."""
+        return Route(*(None if t is None else change(t) for t in self))
+
+
+class Factors(NamedTuple):
+    """The folded adapter as factors: y = n + up (down n) + bias, example by example."""
+
+    up: Tensor
+    """(B, d, r), the factor 1/2 of two paths included."""
+    down: Tensor
+    """(r, d)."""
+    bias: Tensor
+    """b, (B, d)."""
+
+
+class GroupedLinear(nn.Module):
+    """r -> d, block-diagonal: block i of the output reads block i of the input. weight (d, r / groups), bias (d,)."""
+
+    def __init__(self, in_features: int, out_features: int, groups: int) -> None:
+        super().__init__()
+        if in_features % groups or out_features % groups:
+            raise ValueError(
+                f"groups={groups} must divide both the rank {in_features} and the width {out_features}; choose another"
+            )
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.groups == 1:
+            return F.linear(z, self.weight, self.bias)
+        blocks = zip(z.chunk(self.groups, dim=-1), self.weight.chunk(self.groups, dim=0), strict=True)
+        return torch.cat([F.linear(part, weight) for part, weight in blocks], dim=-1) + self.bias
+
+    def dense(self) -> Tensor:
+        """The whole (d, r) matrix, zeros outside the blocks."""
+        return torch.block_diag(*self.weight.chunk(self.groups, dim=0))
+
+
+class PIA(nn.Module):
+    """The adapter. `paths=2` at a skipped site, `paths=1` at a kept one (no `down_token`, z = A n + c_A).
+
+    State dict: down_token (C), down_pooled (A): weight (r, d); up_0 (Bu), up_1 (Du): weight (d, r / groups); router
+    (R): weight (2, d); each with a bias. Both ups start at zero, so a new adapter returns its input.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        groups: int = 2,
+        scale: float = 1.0,
+        temperature: float = 10.0,
+        dropout: float = 0.1,
+        paths: int = 2,
+    ) -> None:
+        super().__init__()
+        if paths not in (1, 2):
+            raise ValueError(f"paths: wanted 2 (skipped site) or 1 (kept site), got {paths!r}")
+        self.hidden_size, self.rank, self.groups, self.paths = hidden_size, rank, groups, paths
+        self.scale, self.temperature = scale, temperature
+        if paths == 2:
+            self.down_token = nn.Linear(hidden_size, rank)
+        self.down_pooled = nn.Linear(hidden_size, rank)
+        self.up_0 = GroupedLinear(rank, hidden_size, groups)
+        self.up_1 = GroupedLinear(rank, hidden_size, groups)
+        self.router = nn.Linear(hidden_size, 2)
+        self.drop = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Downs as any linear layer (Kaiming), biases and both ups zero: the adapter starts as the identity."""
+        for name, module in self.named_children():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+                nn.init.zeros_(module.bias)
+            elif name.startswith("up_"):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def mean(n: Tensor, prompt_mask: Tensor) -> Tensor:
+        """m, (B, d): mean of n (B, S, d) over the positions where prompt_mask (B, S) is true, in at least float32."""
+        mask = prompt_mask.to(device=n.device, dtype=torch.bool)[..., None]  # (B, S, 1)
+        wide = torch.promote_types(n.dtype, torch.float32)
+        # masked_fill, not a product: what stands at padding may be anything, also inf
+        return n.to(wide).masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    def route(self, prompt_mean: Tensor) -> Route:
+        """Read the prompt once: router weights and pooled feature from m (B, d), in at least float32 (eq. 5)."""
+        wide = torch.promote_types(prompt_mean.dtype, torch.float32)
+        with torch.autocast(device_type=prompt_mean.device.type, enabled=False):
+            m = prompt_mean.to(wide)
+            logits = F.linear(m, self.router.weight.to(wide), self.router.bias.to(wide))
+            pooled = None
+            if self.paths == 2:
+                pooled = F.linear(m, self.down_pooled.weight.to(wide), self.down_pooled.bias.to(wide))
+            return Route(m, torch.softmax(logits / self.temperature, dim=-1), pooled)
+
+    def delta(self, n: Tensor, route: Route) -> Tensor:
+        """y - n, (B, S, d), in the adapter's dtype (eq. 4 and 6)."""
+        n = n.to(self.down_pooled.weight.dtype)
+        if self.paths == 2:
+            z = 0.5 * (self.down_token(n) + route.pooled[:, None].to(n.dtype))  # (B, S, r)
+        else:
+            z = self.down_pooled(n)  # (B, S, r)
+        z = self.drop(z)
+        w = route.weights[:, :, None, None].to(n.dtype)  # (B, 2, 1, 1)
+        return self.scale * (w[:, 0] * self.up_0(z) + w[:, 1] * self.up_1(z))
+
+    def forward(self, n: Tensor, prompt_mask: Tensor | None = None, *, route: Route | None = None) -> Tensor:
+        """y (B, S, d) from n (B, S, d) and either prompt_mask (B, S) bool, or the route of a prompt read before."""
+        if route is None:
+            if prompt_mask is None:
+                raise ValueError("PIA needs prompt_mask (B, S), or route=pia.route(mean) of a prompt read before")
+            route = self.route(self.mean(n, prompt_mask))
+        return n + self.delta(n, route).to(n.dtype)
+
+    def factors(self, route: Route) -> Factors:
+        """The adapter folded for given prompts, as rank-r factors in at least float32 (eq. 8-10)."""
+        wide = torch.promote_types(self.down_pooled.weight.dtype, torch.float32)
+        w = route.weights.to(wide)  # (B, 2)
+        ups = torch.stack([self.up_0.dense(), self.up_1.dense()]).to(wide)  # (2, d, r)
+        up = self.scale * torch.einsum("bp,pdr->bdr", w, ups)  # U
+        bias = self.scale * (w @ torch.stack([self.up_0.bias, self.up_1.bias]).to(wide))  # (B, d)
+        if self.paths == 2:
+            constant = 0.5 * (self.down_token.bias.to(wide) + route.pooled.to(wide))  # (B, r)
+            up_effective, down = 0.5 * up, self.down_token.weight.to(wide)
+        else:
+            constant = self.down_pooled.bias.to(wide).expand(len(w), -1)
+            up_effective, down = up, self.down_pooled.weight.to(wide)
+        return Factors(up_effective, down, bias + torch.einsum("bdr,br->bd", up, constant))
+
+    def fold(self, prompt_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, b), (B, d, d) and (B, d), with y = M n + b for the prompts with these means (B, d). For checks."""
+        up, down, bias = self.factors(self.route(prompt_mean))
+        eye = torch.eye(self.hidden_size, dtype=up.dtype, device=up.device)
+        return eye + up @ down, bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, rank={self.rank}, groups={self.groups}, scale={self.scale}, "
+            f"temperature={self.temperature}, paths={self.paths}"
+        )

@@ -1,0 +1,203 @@
+"""Which positions are the prompt, and what skipped and adapted attentions remember of it.
+
+The prompt is everything before the first answer token, padding excluded. Each adapter reads the prompt once, at
+prefill, and keeps a `Route` (its router's weights and pooled feature). The route lives in the KV cache, in the entry
+of its layer, so that it is reordered for beams, repeated, selected, cropped, reset and copied together with the keys
+and values it belongs to, and so that two generations never mix.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer
+
+from .errors import PromptError
+
+if TYPE_CHECKING:
+    from .pia import Route
+
+IGNORE = -100  # transformers' label of a position without loss
+
+
+class PromptState:
+    """Mix-in for an entry of a KV cache: `routes` ("skip", "keep" or "ffn" to Route) with the entry's own life."""
+
+    _layer_type = None  # else transformers would register the mixed class for all caches to come
+    routes: dict[str, Route]
+
+    def _change(self, change: Any) -> None:
+        self.routes = {key: route.map(change) for key, route in self.routes.items()}
+
+    def reset(self) -> None:
+        super().reset()
+        self.routes = {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change(lambda t: t[indices])
+
+
+class PromptMean(PromptState, DummyLayer):
+    """Entry of a skipped attention: no keys, no values, only what its adapter keeps of the prompt.
+
+    A DummyLayer, so the cache asks the first attention that is left for its length and mask sizes.
+    """
+
+    def __init__(self, displaced: Any = None) -> None:
+        super().__init__()
+        self.routes = {}
+        self.displaced = displaced  # the untouched entry, put back if a reset cache meets another mask
+
+    def reset(self) -> None:
+        super().reset()
+        if self.displaced is not None:
+            self.displaced.reset()
+
+    def update(self, key_states: Tensor | None, value_states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if key_states is None and value_states is None:
+            return None, None
+        raise PromptError(
+            "this KV cache was filled while the attention of this layer was skipped, so it holds no keys for it;"
+            " the mask changed since: prefill again with a new cache"
+        )
+
+
+@lru_cache(maxsize=None)
+def _with_state(cls: type) -> type:
+    return type(cls.__name__, (PromptState, cls), {"__module__": cls.__module__, "_layer_type": None})
+
+
+def _entry(cache: Cache, index: int) -> Any:
+    while len(cache.layers) <= index:  # a DynamicCache made without a config grows as layers write to it
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
+
+
+def skipped_state(cache: Cache | None, index: int) -> PromptState:
+    """The state of a layer without attention; takes the place of the layer's keys and values."""
+    if cache is None:
+        return PromptMean()
+    entry = _entry(cache, index)
+    if not isinstance(entry, PromptMean):
+        if entry.is_initialized and entry.get_seq_length() > 0:
+            raise PromptError(
+                "this KV cache holds keys for an attention that is skipped now; the mask changed since:"
+                " prefill again with a new cache"
+            )
+        cache.layers[index] = entry = PromptMean(displaced=entry)
+    return entry
+
+
+def kept_state(cache: Cache | None, index: int) -> PromptState:
+    """The state of a layer that keeps its attention; lives in the same entry as its keys and values."""
+    if cache is None:
+        return PromptMean()
+    entry = _entry(cache, index)
+    if not isinstance(entry, PromptState):
+        entry.__class__ = _with_state(type(entry))
+        entry.routes = {}
+    return entry
+
+
+def has_route(cache: Cache, index: int) -> bool:
+    """True if an adapter of this layer has already read the prompt of this cache."""
+    return index < len(cache.layers) and bool(getattr(cache.layers[index], "routes", None))
+
+
+def renew(cache: Cache, kept: frozenset[int]) -> None:
+    """Before a prefill on an emptied cache: forget old prompts, and give kept layers their own entry back."""
+    for index, entry in enumerate(cache.layers):
+        if isinstance(entry, PromptState):
+            entry.routes = {}
+            if index in kept and isinstance(entry, PromptMean) and entry.displaced is not None:
+                cache.layers[index] = entry.displaced
+
+
+def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device]:
+    """(B, S) of the tokens of a forward, and their device."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        raise PromptError("a forward needs input_ids or inputs_embeds to tell the prompt; got neither")
+    return tokens.shape[0], tokens.shape[1], tokens.device
+
+
+def forward_prompt(kwargs: dict[str, Any], *, training: bool) -> Tensor:
+    """(B, S) bool prompt mask of a forward on whole examples: before the first label, minus padding.
+
+    Without labels every attended position is prompt, which is right for a prefill and wrong for scoring an answer;
+    in training it is refused with a PromptError. So are an empty prompt and rows packed with several examples.
+    """
+    B, S, device = batch_shape(kwargs)
+    labels, attended = kwargs.get("labels"), kwargs.get("attention_mask")
+    if attended is not None and (not torch.is_tensor(attended) or attended.dim() != 2):
+        raise PromptError(
+            "wanted a 2D attention_mask (B, S) to tell padding from prompt, got"
+            f" {tuple(attended.shape) if torch.is_tensor(attended) else type(attended).__name__};"
+            " generate with net.generate, or pass prompt_mask=..."
+        )
+    _refuse_packed(kwargs, attended)
+    mask = torch.ones(B, S, dtype=torch.bool, device=device) if attended is None else attended[:, -S:].bool()
+    if labels is not None:
+        mask = mask & (labels.ne(IGNORE).cumsum(dim=1) == 0)
+    elif training:
+        raise PromptError(
+            "training needs labels, to tell the prompt from the answer: pass labels=... with -100 on the prompt"
+            " (an option that takes labels out of the batch, such as label smoothing in a Trainer, must be off),"
+            " or call net.eval() first"
+        )
+    return check_prompt(mask)
+
+
+def generate_prompt(given: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(B, S) bool prompt mask of a prefill inside generate, from the (b, P) mask `given` to generate.
+
+    B is b times the beams or returned sequences; positions after P are drafted or already written, not prompt.
+    """
+    B, S, device = batch_shape(kwargs)
+    rows, length = given.shape
+    if S < length:
+        raise PromptError(
+            f"the prompt has {length} positions but its first forward only {S}: the prompt's mean needs the whole"
+            " prompt in one forward (no prefill_chunk_size, no cache filled without these adapters)"
+        )
+    mask = given.to(device)
+    if rows != B:
+        mask = mask.repeat_interleave(B // rows, dim=0)
+    return torch.nn.functional.pad(mask, (0, S - length), value=False)
+
+
+def check_prompt(mask: Tensor) -> Tensor:
+    """The mask, if every example has a prompt; PromptError naming those that have none."""
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise PromptError(
+            f"examples {empty} of the batch have an empty prompt (no attended position before the first label);"
+            " label the prompt with -100"
+        )
+    return mask
+
+
+def _refuse_packed(kwargs: dict[str, Any], attended: Tensor | None) -> None:
+    packed = any(kwargs.get(key) is not None for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    positions = kwargs.get("position_ids")
+    if not packed and attended is None and positions is not None and positions.dim() == 2:
+        packed = bool((positions[:, 1:] < positions[:, :-1]).any())
+    if packed:
+        raise PromptError(
+            "this batch packs several examples into one row (positions start again), which would mix their prompts;"
+            " use one example a row with padding"
+        )

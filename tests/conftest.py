@@ -1,0 +1,41 @@
+"""Fixtures all tests share: tiny random models built from configs, batches for them, a toy task."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import toys
+
+
+@pytest.fixture
+def tiny_llava():
+    """Makes a random LLaVA: tiny_llava(seed=0, **changes of its text config). 5 layers, width 38, 9 image tokens."""
+    return toys.make_llava
+
+
+@pytest.fixture
+def tiny_llama():
+    """Makes a random Llama: tiny_llama(seed=0, **changes of its config). 5 layers, width 38."""
+    return toys.make_llama
+
+
+@pytest.fixture
+def make_batch():
+    """Makes right-padded batches with labels, some rows with an image; see toys.make_batch."""
+    return toys.make_batch
+
+
+@pytest.fixture
+def make_prompts():
+    """Makes left-padded prompts for generate; see toys.make_prompts."""
+    return toys.make_prompts
+
+
+@pytest.fixture
+def toy_task():
+    """A task with train, search, val, test, collate, score and evaluate over random token ids."""
+    return toys.ToyTask()
