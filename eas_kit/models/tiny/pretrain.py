@@ -1,0 +1,123 @@
+"""Pretraining of the bundled model, from nothing to a folder that ``eas.load_model`` reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from eas_kit.errors import TrainingError
+from eas_kit.models.tiny.architecture import make_model, make_processor
+from eas_kit.models.tiny.corpus import MIXTURE, WORDNET, Corpus, read_definitions, tokenizer_texts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights, together with the versions of torch and transformers."""
+
+    steps: int = 5000
+    rows: int = 21  # a step
+    row_length: int = 96  # tokens
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    final_share: float = 0.03  # of the learning rate, at the end of the cosine
+    weight_decay: float = 0.1  # on matrices, not on gains, biases and embeddings
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to ``final_share``."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.final_share + (1 - recipe.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.ndim == 2 and "embed" not in name else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def pretrain(
+    out: Path, recipe: Recipe, wordnet: Path = WORDNET, resume: bool = False, checkpoint_every: int = 250
+) -> Path:
+    """Train from scratch, or go on from ``out/checkpoint.pt``; returns the folder with the 16-bit weights.
+
+    Raises TrainingError where the loss is not finite, or a checkpoint of another recipe lies in ``out``.
+    """
+    # matrix products may use bfloat16 where the processor has it; the weights and all sums stay float32
+    torch.set_float32_matmul_precision("medium")
+    out.mkdir(parents=True, exist_ok=True)
+    definitions, _ = read_definitions(wordnet)
+    processor = make_processor(tokenizer_texts(definitions))
+    corpus = Corpus(processor, definitions, recipe.row_length, recipe.seed)
+    model = make_model(processor, recipe.seed)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+    checkpoint = out / "checkpoint.pt"
+    start = 0
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["recipe"] != json.loads(json.dumps(asdict(recipe))):
+            raise TrainingError(
+                f"{checkpoint} was made with another recipe ({state['recipe']}); use its settings or an empty --out"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        start = state["step"]
+        print(f"continuing after step {start}", flush=True)
+    began, seen, log = time.monotonic(), 0.0, out / "log.jsonl"
+    for step in range(start, recipe.steps):
+        loss = model(**corpus.batch(step, recipe.rows)).loss
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()} at step {step}; the last checkpoint is {checkpoint}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen = loss.item() if seen == 0 else 0.98 * seen + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            seconds = (time.monotonic() - began) / (step + 1 - start)
+            left = seconds * (recipe.steps - step - 1) / 60
+            print(f"step {step + 1}/{recipe.steps}  loss {seen:.3f}  {seconds:.2f} s/step  {left:.0f} min left", flush=True)
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "loss": round(seen, 4)}) + "\n")
+        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
+            state = {
+                "recipe": json.loads(json.dumps(asdict(recipe))),
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+            }
+            torch.save(state, checkpoint.with_suffix(".new"))
+            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+    return save(model, processor, out / "weights", recipe)
+
+
+def save(model, processor, folder: Path, recipe: Recipe) -> Path:
+    """Write bfloat16 weights, configuration, processor and recipe; an older ``folder`` is replaced whole."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(new)
+    processor.save_pretrained(new)
+    facts = {"recipe": asdict(recipe), "mixture": MIXTURE, "torch": torch.__version__}
+    (new / "recipe.json").write_text(json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+    return folder
