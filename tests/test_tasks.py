@@ -1,0 +1,239 @@
+"""Tasks: disjoint splits, templates, labels, parsing, and scores against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from eas_kit.errors import TaskError
+from eas_kit.models.tiny.architecture import make_model, make_processor
+from eas_kit.tasks import load_task
+from eas_kit.tasks.base import ROLES, Example
+from eas_kit.tasks.digit_images import draw_board, draw_number, scan_indices
+from eas_kit.tasks.periodic_table import elements, values
+
+
+@pytest.fixture(scope="module")
+def processor():
+    texts = ["USER: \nQuestion: Context: Options: ASSISTANT: The answer is gold. BECAUSE: the number is 79."] * 50
+    return make_processor(texts)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return make_model(processor, seed=3).eval()
+
+
+def test_table_of_elements():
+    table = elements()
+    assert [int(e.number) for e in table] == list(range(1, 119))
+    gold = table[78]
+    assert (gold.name, gold.symbol, gold.period, gold.group, gold.block) == ("gold", "Au", "6", "11", "d")
+    assert {e.name for e in table if e.state == "liquid"} == {"bromine", "mercury"}
+    assert values("period") == tuple("1234567")
+    assert len({e.symbol for e in table}) == 118
+
+
+def test_digit_scans_are_disjoint_and_complete():
+    sets = {role: {int(i) for per in scan_indices(role) for i in per} for role in ROLES}
+    assert sum(map(len, sets.values())) == len(set().union(*sets.values())) == 1797
+    assert all(len(per) >= 15 for role in ROLES for per in scan_indices(role))
+
+
+def test_pictures_hold_the_scans():
+    board = np.arange(9).reshape(3, 3)
+    picture = np.asarray(draw_board(board, "val", np.random.default_rng(0)))
+    assert picture.shape == (24, 24, 3) and (picture[..., 0] == picture[..., 2]).all()
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    scans = (data.images * (255 / 16)).round().astype(np.uint8)
+    for cell in range(9):
+        r, c = divmod(cell, 3)
+        patch = picture[8 * r : 8 * r + 8, 8 * c : 8 * c + 8, 0]
+        assert any((scans[i] == patch).all() for i in scan_indices("val")[cell])
+    number = np.asarray(draw_number(42, "test", np.random.default_rng(1)))[..., 0]
+    filled = [number[8 * r : 8 * r + 8, 8 * c : 8 * c + 8].any() for r in range(3) for c in range(3)]
+    assert sum(filled) == 2
+    with pytest.raises(TaskError, match="0 to 999, not 1000"):
+        draw_number(1000, "test", np.random.default_rng(1))
+    with pytest.raises(TaskError, match="there is no 'dev'"):
+        scan_indices("dev")
+
+
+@pytest.mark.parametrize("name", ["elements", "digits", "reading", "definitions"])
+def test_examples_are_reproducible_and_consistent(name, processor):
+    one, two = load_task(name, processor), load_task(name, processor)
+    for role in ROLES:
+        split = getattr(one, role)
+        assert len(split) >= 100
+        for i in (0, 1, 2, 57):
+            a, b = split[i], getattr(two, role)[i]
+            assert (a.question, a.choices, a.answer, a.explanation) == (b.question, b.choices, b.answer, b.explanation)
+            assert [np.asarray(x).tolist() for x in a.images] == [np.asarray(x).tolist() for x in b.images]
+            if a.choices:
+                assert a.choices.count(a.answer) == 1 and len(set(a.choices)) == len(a.choices)
+    with pytest.raises(IndexError):
+        one.val[len(one.val)]
+
+
+def test_elements_answers_are_true_and_facts_disjoint(processor):
+    task = load_task("elements", processor)
+    by_number = {e.number: e for e in elements()}
+    pairs = {}
+    for role in ROLES:
+        pairs[role] = set()
+        for example in task.split(role, 400):
+            number = example.explanation.split()[1]
+            element = by_number[number]
+            attribute = next(a for a in ("name", "symbol", "state", "category", "period", "group", "block", "discovered")
+                             if _asks(example.question, a))
+            assert getattr(element, attribute) == example.answer
+            pairs[role].add((number, attribute))
+            assert ("IMG" in example.categories) == bool(example.images)
+            if "TXT" in example.categories:
+                assert f"number is {number}." in example.context
+            if "NO" in example.categories:
+                assert number not in example.question.replace("25 degrees", "") and example.context == "N/A"
+    for a in ROLES:
+        for b in ROLES:
+            assert a == b or not pairs[a] & pairs[b]
+
+
+def _asks(question: str, attribute: str) -> bool:
+    words = {"name": "Which element", "symbol": "Which symbol", "state": "What state", "category": "What kind",
+             "period": "Which period", "group": "Which group", "block": "Which block", "discovered": "When was"}
+    return question.startswith(words[attribute])
+
+
+def test_digits_answers_are_true(processor):
+    task = load_task("digits", processor)
+    for example in task.split("val", 50):
+        kind = example.categories[0]
+        if kind == "count":
+            board = [int(d) for d in example.explanation if d.isdigit()]
+            asked = int(next(d for d in example.question if d.isdigit()))
+            assert example.answer == str(board.count(asked))
+        else:
+            row = [int(d) for d in example.explanation if d.isdigit()]
+            if kind == "maximum":
+                assert example.answer == str(max(row))
+            elif kind == "sum":
+                assert example.answer == str(sum(row))
+            else:
+                column = next(i for i, w in enumerate(("left", "centre", "right")) if w in example.question)
+                expected = str(row[column]) if kind == "cell" else ("even", "odd")[row[column] % 2]
+                assert example.answer == expected
+
+
+def test_collate_labels_only_the_target(processor):
+    task = load_task("elements", processor)
+    examples = [task.train[i] for i in range(5)]  # pictures and none in one batch
+    batch = task.collate(examples)
+    prompts = task.collate(examples, answers=False)
+    assert batch["pixel_values"].shape == (sum(len(e.images) for e in examples), 3, 24, 24)
+    for i, example in enumerate(examples):
+        target, scored = task.target_ids(example)
+        ids, labels = batch["input_ids"][i], batch["labels"][i]
+        assert labels[labels != -100].tolist() == target
+        start = int((labels != -100).nonzero()[0])
+        prompt = prompts["input_ids"][i][prompts["attention_mask"][i].bool()]
+        assert ids[:start].tolist() == prompt.tolist()  # the very prompt that generate gets
+        assert int(batch["attention_mask"][i].sum()) == start + len(target)
+        assert task.tokenizer.decode(target[:scored]) == f" The answer is {example.answer}."
+    text_only = task.collate([e for e in examples if not e.images])
+    assert "pixel_values" not in text_only
+    with pytest.raises(TaskError, match="at least one example"):
+        task.collate([])
+
+
+@pytest.mark.parametrize("text,expected", [
+    (" The answer is Au. BECAUSE: it is.", "Au"),
+    ("The answer is au.", "Au"),
+    ("The answer is Ag", None),  # not an option
+    (" Au.", None),
+    ("", None),
+    ("I think. The answer is Fe. The answer is Au.", "Fe"),
+])
+def test_elements_parser(processor, text, expected):
+    example = Example(id="x", question="", answer="Au", choices=("Fe", "Au", "K"))
+    assert load_task("elements", processor).parse(text, example) == expected
+
+
+@pytest.mark.parametrize("text,choices,expected", [
+    (" The answer is 12. BECAUSE: row", (), "12"),
+    (" The answer is 12.", ("1", "2"), None),
+    (" The answer is even.", ("even", "odd"), "even"),
+    ("12", (), None),
+])
+def test_digits_parser(processor, text, choices, expected):
+    example = Example(id="x", question="", answer="12", choices=choices)
+    assert load_task("digits", processor).parse(text, example) == expected
+
+
+@torch.no_grad()
+def test_score_equals_brute_force_and_generation(processor, model):
+    task = load_task("elements", processor)
+    got = task.score(model, "val", limit=7, batch_size=3)
+    total, count = 0.0, 0
+    for example in task.split("val", 7):
+        batch = task.collate([example])
+        log = model(**batch).logits[0, :-1].double().log_softmax(-1)
+        labels = batch["labels"][0, 1:]
+        for position in (labels != -100).nonzero().flatten().tolist():
+            total -= log[position, labels[position]].item()
+            count += 1
+    assert got["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert got["count"] == 7
+    training = model.training
+    report = task.evaluate(model, "val", limit=7, batch_size=3)
+    assert report["accuracy"] == 0 and report["unparsed"] == 7  # random weights
+    assert report["loss"] == pytest.approx(got["loss"]) and model.training == training
+    assert sum(report["column_counts"][c] for c in ("IMG", "TXT", "NO")) == 7
+
+
+def test_accuracy_counts_what_is_written(processor, model):
+    """A model that is pushed to write the target is right by both measures; pushed elsewhere it is wrong."""
+    task = load_task("reading", processor)
+    example = task.val[0]
+    target, scored = task.target_ids(example)
+
+    class Writer(torch.nn.Module):
+        """Says the target, whatever it reads."""
+
+        def __init__(self, ids):
+            super().__init__()
+            self.ids, self.nothing = ids, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, labels=None, **_):
+            logits = torch.zeros(*input_ids.shape, 2048)
+            start = int((labels[0] != -100).nonzero()[0])
+            for i, token in enumerate(self.ids):
+                logits[0, start - 1 + i, token] = 9.0
+            return type("Output", (), {"logits": logits})()
+
+        def generate(self, input_ids, max_new_tokens, **_):
+            return torch.cat([input_ids, torch.tensor([self.ids[:max_new_tokens]])], 1)
+
+    right = task.evaluate(Writer(target), "val", limit=1)
+    assert right["accuracy"] == 1 and task.score(Writer(target), "val", limit=1)["accuracy"] == 1
+    wrong = [*target[: scored - 2], (target[scored - 2] + 1) % 2048, *target[scored - 1 :]]
+    assert task.score(Writer(wrong), "val", limit=1)["accuracy"] == 0
+
+
+def test_options_pick_the_likeliest(processor, model):
+    task = load_task("elements", processor)
+    report = task.evaluate(model, "val", limit=6, method="options")
+    assert report["unparsed"] == 0 and report["method"] == "options"
+    with pytest.raises(TaskError, match="has no options"):
+        load_task("reading", processor).evaluate(model, "val", limit=2, method="options")
+    with pytest.raises(TaskError, match="'generate' or 'options'"):
+        task.evaluate(model, "val", limit=2, method="guess")
+
+
+def test_errors_name_what_exists(processor):
+    with pytest.raises(TaskError, match="choose one of definitions, digits, elements, reading"):
+        load_task("chess", processor)
+    with pytest.raises(TaskError, match="there is no 'dev'"):
+        load_task("digits", processor).split("dev")
