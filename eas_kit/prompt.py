@@ -8,7 +8,8 @@ and values it belongs to, and so that two generations never mix.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,32 +25,43 @@ IGNORE = -100  # transformers' label of a position without loss
 
 
 class PromptState:
-    """Mix-in for an entry of a KV cache: `routes` ("skip", "keep" or "ffn" to Route) with the entry's own life."""
+    """Marks an entry of a KV cache that has `routes`: "skip", "keep" or "ffn" to the Route of that adapter."""
 
-    _layer_type = None  # else transformers would register the mixed class for all caches to come
+    __slots__ = ()
     routes: dict[str, Route]
 
-    def _change(self, change: Any) -> None:
-        self.routes = {key: route.map(change) for key, route in self.routes.items()}
 
-    def reset(self) -> None:
-        super().reset()
-        self.routes = {}
+@cache
+def with_state(cls: type) -> type:
+    """The kind of cache entry `cls`, with routes that share the entry's life. Living entries may change class to it."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+    class Entry(cls, PromptState):
+        _layer_type = None  # else transformers would register this class for all caches to come
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+        def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+            self.routes = {key: route.map(change) for key, route in self.routes.items()}
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._change(lambda t: t[indices])
+        def reset(self) -> None:
+            super().reset()
+            self.routes = {}
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._change(lambda t: t[indices])
+
+    Entry.__name__ = Entry.__qualname__ = f"{cls.__name__}WithPrompt"
+    return Entry
 
 
-class PromptMean(PromptState, DummyLayer):
+class PromptMean(with_state(DummyLayer)):
     """Entry of a skipped attention: no keys, no values, only what its adapter keeps of the prompt.
 
     A DummyLayer, so the cache asks the first attention that is left for its length and mask sizes.
@@ -72,11 +84,6 @@ class PromptMean(PromptState, DummyLayer):
             "this KV cache was filled while the attention of this layer was skipped, so it holds no keys for it;"
             " the mask changed since: prefill again with a new cache"
         )
-
-
-@lru_cache(maxsize=None)
-def _with_state(cls: type) -> type:
-    return type(cls.__name__, (PromptState, cls), {"__module__": cls.__module__, "_layer_type": None})
 
 
 def _entry(cache: Cache, index: int) -> Any:
@@ -106,7 +113,7 @@ def kept_state(cache: Cache | None, index: int) -> PromptState:
         return PromptMean()
     entry = _entry(cache, index)
     if not isinstance(entry, PromptState):
-        entry.__class__ = _with_state(type(entry))
+        entry.__class__ = with_state(type(entry))
         entry.routes = {}
     return entry
 
@@ -169,7 +176,7 @@ def generate_prompt(given: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """
     B, S, device = batch_shape(kwargs)
     rows, length = given.shape
-    if S < length:
+    if length > S:
         raise PromptError(
             f"the prompt has {length} positions but its first forward only {S}: the prompt's mean needs the whole"
             " prompt in one forward (no prefill_chunk_size, no cache filled without these adapters)"

@@ -157,7 +157,7 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
 
 
 def readers(module: nn.Module, table: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    """Names of the linears of `module` that read its input; UnsupportedModelError with a reason if one cannot change."""
+    """Names of the linears of `module` that read its input; UnsupportedModelError saying why one cannot be changed."""
     kind = type(getattr(module, "original", module)).__name__
     for names in table:
         if all(isinstance(getattr(module, name, None), nn.Module) for name in names):

@@ -159,7 +159,7 @@ class SkippedAttention(StandIn):
 
 
 class SkippedNorm(StandIn):
-    """The norm before the feed-forward of a layer without attention; with source "attention_norm" its input goes unread."""
+    """The norm before the feed-forward of a skipped layer; with source "attention_norm" its input goes unread."""
 
     def __init__(self, original: nn.Module, offset: float, pia: PIA, desk: Desk, source: str) -> None:
         super().__init__(original)

@@ -1,4 +1,4 @@
-"""Tiny random models, batches and a toy task for the tests. Sizes are different primes (or twice one) where they can be."""
+"""Tiny random models, batches and a toy task for the tests. Sizes are primes, or twice a prime, where they can be."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def make_batch(
     side: str = "right",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """One row a (prompt, answer) pair of lengths; rows with an image carry IMAGE_TOKENS more prompt tokens. With labels.
+    """One labelled row a (prompt, answer) pair of lengths; an image adds IMAGE_TOKENS prompt tokens to its row.
 
     `side` is the side of the padding. `images=None` makes a text-only batch without pixel_values.
     """
