@@ -65,6 +65,7 @@ class EASModel(nn.Module):
         self.config, self.sites, self.num_sites = config, sites, len(sites)
         self.adapters = _make_adapters(base, sites, config)
         self.base = base
+        self.training = base.training
         self._unfrozen = [p for p in base.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
