@@ -234,7 +234,7 @@ def _sigmoid(s: np.ndarray) -> np.ndarray:
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    # Relative to the first one, so that equal values give exact zeros: a rounding error would be taken for a preference.
+    # Relative to the first one: equal values give exact zeros, where a rounding error would become a preference.
     offset = values - values[0]
     return offset - math.fsum(offset) / offset.size
 

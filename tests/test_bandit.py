@@ -51,7 +51,9 @@ def test_update_equals_the_formula_written_out():
 def test_update_keeps_the_type_and_the_input():
     s = torch.zeros(3, dtype=torch.float32)
     new = update_preferences(s, [(0,), (1,)], torch.tensor([0.1, 0.9]), 1.0)
-    assert new.dtype == torch.float32 and torch.equal(s, torch.zeros(3)) and not torch.equal(new, s)
+    assert new.dtype == torch.float32
+    assert torch.equal(s, torch.zeros(3))
+    assert not torch.equal(new, s)
     assert isinstance(update_preferences(np.zeros(3), [(0,), (1,)], [0.1, 0.9], 1.0), np.ndarray)
     as_list = update_preferences([0.0, 0.0, 0.0], [(0,), (1,)], [0.1, 0.9], 1.0)
     assert as_list.dtype == torch.float64
@@ -114,7 +116,8 @@ def test_masks_are_distinct_even_when_one_is_nearly_certain():
     s = torch.full((13,), 40.0)
     s[[2, 7]] = -40.0
     masks = draw_masks(s, 2, 3, np.random.default_rng(0))
-    assert masks[0] == (2, 7) and len(set(masks)) == 3
+    assert masks[0] == (2, 7)
+    assert len(set(masks)) == 3
     assert all(len(mask) == 2 and list(mask) == sorted(mask) for mask in masks)
 
 
@@ -139,7 +142,7 @@ def test_random_masks_are_uniform_and_within_the_candidates():
     assert max(abs(count - 200) for count in counts.values()) < 50
 
 
-@pytest.mark.parametrize("reward, learning_rate", [("exp", 2.0), ("standardized", 0.3)])
+@pytest.mark.parametrize(("reward", "learning_rate"), [("exp", 2.0), ("standardized", 0.3)])
 def test_planted_answer_is_found(reward, learning_rate):
     harm = np.zeros(12)
     harm[[0, 1, 5, 8]] = [2.0, 0.8, 0.5, 0.4]  # these cost when skipped, the others are free
@@ -165,7 +168,8 @@ def test_only_candidates_move():
         bandit.update(lambda mask: 0.1 * sum(mask))
     assert torch.equal(bandit.preferences[:5], torch.zeros(5, dtype=torch.float64))
     assert bandit.preferences[5:].abs().min() > 0
-    assert bandit.skipped == (5, 6) and bandit.counts[:5].sum() == 0
+    assert bandit.skipped == (5, 6)
+    assert bandit.counts[:5].sum() == 0
 
 
 def test_counts_and_history():
@@ -197,7 +201,8 @@ def test_same_seed_same_search_and_resuming_is_exact():
     resumed = Bandit(9, 3, seed=99)
     resumed.load_state_dict(state)
     run(resumed, 4)
-    assert resumed.history == whole.history and torch.equal(resumed.preferences, whole.preferences)
+    assert resumed.history == whole.history
+    assert torch.equal(resumed.preferences, whole.preferences)
 
 
 def test_public_name():
