@@ -36,8 +36,13 @@ ABOUT = (
 
 
 def base_name(base: nn.Module) -> str | None:
-    """What the base model was loaded from: a hub id, a folder, or the name of a bundled model."""
-    return getattr(base.config, "eas_name", None) or getattr(base, "name_or_path", None) or None
+    """What the base model was loaded from: the name of a bundled model, a folder (absolute), or a hub id."""
+    from .models import BUNDLED
+
+    name = getattr(base, "name_or_path", None)
+    if not name:
+        return None
+    return str(Path(name).resolve()) if name not in BUNDLED and Path(name).is_dir() else str(name)
 
 
 def save_adapters(net: EASModel, folder: Path) -> None:

@@ -249,3 +249,34 @@ class ToyTask:
                 right += str(token) == example.answer
                 unparsed += str(token) not in example.choices
         return result | {"accuracy": right / result["count"], "unparsed": unparsed, "template": "toy", "parser": "toy"}
+
+
+# -------------------------------------------------------------------------------------------- bit for bit
+
+
+@dataclass(eq=False)
+class Bits:
+    """Tensors by name, equal if bitwise equal."""
+
+    tensors: dict[str, Tensor]
+
+    def __eq__(self, other: object) -> bool:
+        pairs = zip(self.tensors.items(), other.tensors.items(), strict=True)
+        return len(self.tensors) == len(other.tensors) and all(
+            a == b and s.dtype == t.dtype and torch.equal(s, t) for (a, s), (b, t) in pairs
+        )
+
+    __hash__ = None
+
+
+def snapshot(model: nn.Module) -> dict:
+    """All that could be left changed: values, identities, order, modes, hooks, flags, attributes."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+    return {
+        "values": Bits({name: value.detach().clone() for name, value in model.state_dict().items()}),
+        "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()],
+        "training": [module.training for module in model.modules()],
+        "attributes": [(name, sorted(module.__dict__)) for name, module in model.named_modules()],
+        "hooks": [[list(getattr(module, kind)) for kind in hooks] for module in model.modules()],
+    }
