@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import re
 import site
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import nbformat
 import papermill
@@ -114,6 +116,7 @@ class OwnKernelManager(AsyncKernelManager):
 
     meter: MemoryMeter
     folder: str
+    kernel_log: IO[bytes]
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
@@ -126,7 +129,8 @@ class OwnKernelManager(AsyncKernelManager):
 
     async def start_kernel(self, **kwargs: object) -> None:
         # cwd goes to the kernel alone: papermill's own `cwd` would move this whole process
-        await super().start_kernel(**{**kwargs, "env": kernel_environment(), "cwd": self.folder})
+        kwargs |= {"env": kernel_environment(), "cwd": self.folder, "stderr": self.kernel_log}
+        await super().start_kernel(**kwargs)
         self.meter.watch(getattr(self.provisioner, "pid", None))
 
 
@@ -165,8 +169,10 @@ def execute(
         tick(new_cell=True)
 
     raised: BaseException | None = None
-    with MemoryMeter(tick=tick) as meter:
-        manager = type("KernelManager", (OwnKernelManager,), {"meter": meter, "folder": str(source.parent)})
+    # What the kernel process itself says (not the notebook's cells) matters only if it dies.
+    with tempfile.TemporaryFile() as log, MemoryMeter(tick=tick) as meter:
+        own = {"meter": meter, "folder": str(source.parent), "kernel_log": log}
+        manager = type("KernelManager", (OwnKernelManager,), own)
         try:
             papermill.execute_notebook(
                 *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)),  # papermill formats
@@ -183,8 +189,12 @@ def execute(
             )
         except (Exception, KeyboardInterrupt) as error:
             raised = error
+        log.seek(0)
+        last_words = log.read().decode(errors="replace")[-4000:]
 
     result = _judge(target, raised, progress.cell)
+    if result.error and not result.traceback and not result.interrupted:
+        result.traceback = last_words
     if result.error.startswith("KeyboardInterrupt") and cell_timeout and not result.interrupted:
         result.error = f"the cell took longer than {cell_timeout:g} s (cell_timeout)"
     result.seconds, result.peak_mb = time.monotonic() - start, meter.peak_mb

@@ -65,7 +65,8 @@ class _OfflineRenderer(IPythonRenderer):
 
 def _formula(latex: str, display: str) -> str:
     try:
-        return to_mathml(latex, display=display)
+        # without its namespace, which HTML does not need and nbconvert's headings would turn into prefixes
+        return to_mathml(latex, display=display).replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
     except Exception:  # a formula it cannot read is still readable as it was typed
         return f"<code>{html.escape(latex)}</code>"
 
