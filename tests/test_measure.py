@@ -1,0 +1,231 @@
+"""Counts against the paper's tables and against counting by hand; clocks and memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import toys
+from transformers import LlamaConfig
+
+import eas_kit as eas
+from eas_kit import measure
+from eas_kit.errors import ConfigError
+
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+G = 1e9
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return eas.attach(toys.make_llava(), eas.EASConfig(skip_rank=6, adapt_rank=4))
+
+
+# -- multiply-accumulates ------------------------------------------------------------------------------------------
+
+
+def test_flops_of_llama_7b_are_the_papers():
+    config = LlamaConfig(**LLAMA_7B)
+    dense = measure.flops(config, tokens=262)
+    assert dense["total"] / G == pytest.approx(1714.8, abs=0.15)  # Table 2, LLaMA-LoRA
+    merged = measure.flops(config, tokens=262, mask=range(20, 32))
+    assert merged["total"] / G == pytest.approx(1497.1, abs=0.15)  # Table 2, LaVIN-EAS12
+    assert merged["ffn"] == dense["ffn"]
+
+
+def test_flops_of_one_attention_of_llava_7b():
+    config = LlamaConfig(**LLAMA_7B)
+    difference = measure.flops(config, 691, [5])["total"] - measure.flops(config, 691)["total"]
+    assert difference / G == pytest.approx(-50.26, abs=0.05)  # Table 1: -402.1 for 8, -603.0 for 12
+
+
+def test_flops_of_a_llama_by_hand():
+    d, f, layers, t, heads, head = toys.WIDTH, 53, toys.LAYERS, 17, 2, 14
+    found = measure.flops(toys.text_config(), t, mask=[1])
+    kept = layers - 1
+    assert found["attention_projections"] == kept * t * d * (2 * heads + 2 * 1) * head  # q, o: 2 heads; k, v: 1
+    assert found["attention_scores"] == kept * 2 * heads * t * t * head
+    assert found["ffn"] == layers * 3 * t * d * f
+    assert found["adapter"] == found["other"] == 0
+    assert found["total"] == sum(found[part] for part in measure.PARTS)
+
+
+def test_flops_of_a_model_and_of_its_config_agree(net):
+    by_config = measure.flops(toys.make_llava().config, 23, [0, 2])
+    assert measure.flops(net, tokens=23, mask=[0, 2]) == by_config
+    model = toys.make_llama()
+    inputs = {"input_ids": torch.randint(3, 90, (1, 23))}
+    measured = measure.flops(model, inputs)
+    expected = measure.flops(model.config, 23)
+    assert {part: measured[part] for part in (*measure.PARTS, "total")} == {
+        part: expected[part] for part in (*measure.PARTS, "total")
+    }
+    assert measured["other"] == 23 * toys.WIDTH * toys.VOCAB  # the output head
+    with pytest.raises(ConfigError, match=r"set net.mask instead"):
+        measure.flops(model, inputs, mask=[1])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_flops_of_a_forward_with_adapters_by_hand(attention):
+    base = toys.make_llava()
+    base.set_attn_implementation(attention)
+    net = eas.attach(base, eas.EASConfig(skip_rank=6, adapt_rank=4))
+    inputs = toys.make_prompts()
+    rows, t = inputs["input_ids"].shape
+    dense = measure.flops(toys.make_llava(), inputs)
+    d, skip, keep = toys.WIDTH, 6, 4
+    # Down: one matrix per token; up: two in two groups, so half each; per prompt: the router, and the pooled path.
+    per_kept = rows * t * (d * keep + 2 * d * keep // 2) + rows * 2 * d
+    per_skipped = rows * t * (d * skip + 2 * d * skip // 2) + rows * (2 * d + d * skip)
+    assert measure.flops(net, inputs)["adapter"] == 5 * per_kept
+    net.mask = [0, 3]
+    net.train()
+    found = measure.flops(net, inputs)
+    assert net.training
+    assert found["adapter"] == 3 * per_kept + 2 * per_skipped
+    for part in ("attention_projections", "attention_scores"):
+        assert found[part] == dense[part] * 3 // 5
+    assert found["ffn"] == dense["ffn"]
+    assert found["other"] == dense["other"]
+    assert eas.PIA.route.__qualname__ == "PIA.route"  # put back
+
+
+def test_merged_decoding_costs_no_adapter_and_no_skipped_attention(net):
+    net.mask = [1, 4]
+    inputs = toys.make_prompts((7,), (True,))
+
+    def cost(new_tokens, merge):
+        return measure.count_flops(net, lambda: net.generate(**inputs, max_new_tokens=new_tokens, merge=merge))
+
+    def per_token(merge):  # the cost of decoding: more tokens less fewer
+        long, short = cost(7, merge), cost(4, merge)
+        return {part: long[part] - short[part] for part in measure.PARTS}
+
+    merged, unmerged = per_token(True), per_token(False)
+    assert merged["adapter"] == 0 < unmerged["adapter"]
+    assert merged["ffn"] == unmerged["ffn"]
+    assert merged["attention_projections"] == unmerged["attention_projections"]
+    net.mask = ()
+    assert per_token(True)["attention_projections"] * 3 == merged["attention_projections"] * 5
+
+
+# -- parameters ----------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_a_plain_model():
+    model = toys.make_llava()
+    model.model.vision_tower.requires_grad_(False)
+    found = measure.parameters(model)
+    assert found["total"] == sum(p.numel() for p in model.parameters())
+    assert found["trainable"] == found["total"] - sum(p.numel() for p in model.model.vision_tower.parameters())
+    assert found["share"] == found["trainable"] / found["total"]
+    decoder = sum(p.numel() for p in model.model.language_model.parameters())
+    assert found["language_model"] == decoder + model.lm_head.weight.numel()
+
+
+def test_parameters_of_adapters_by_hand(net):
+    plain = measure.parameters(toys.make_llava())
+    net.mask = [1, 3]
+    found = measure.parameters(net)
+    d = toys.WIDTH
+    keep = (d * 4 + 4) + 2 * (d * 4 // 2 + d) + (2 * d + 2)
+    skip = 2 * (d * 6 + 6) + 2 * (d * 6 // 2 + d) + (2 * d + 2)
+    assert found["adapters"] == {"skip": 5 * skip, "keep": 5 * keep}
+    assert found["active"] == {"skip": 2 * skip, "keep": 3 * keep, "total": 2 * skip + 3 * keep}
+    assert found["language_model"] == plain["language_model"]
+    assert found["trainable"] == 5 * (skip + keep)
+    assert found["total"] == plain["total"] + found["trainable"]
+
+
+@pytest.mark.parametrize(("skipped", "share"), [(8, 0.78), (12, 0.90)])
+def test_trainable_shares_of_llava_are_the_papers(skipped, share):
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
+    net = eas.attach(base, eas.EASConfig(skip_rank=256, adapt_rank=128, groups=2))
+    net.mask = range(skipped)
+    assert 100 * measure.parameters(net)["active_share"] == pytest.approx(share, abs=0.03)
+
+
+# -- latency and memory --------------------------------------------------------------------------------------------
+
+
+def test_latency_takes_prefill_and_decode_apart(net):
+    found = measure.latency(net, toys.make_prompts(), new_tokens=9, repeats=3)
+    assert found["new_tokens"] == 9
+    for part in ("prefill", "decode", "total"):
+        spread = found[part]
+        assert len(spread["runs"]) == 3
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    assert [p + d for p, d in zip(found["prefill"]["runs"], found["decode"]["runs"], strict=True)] == pytest.approx(
+        found["total"]["runs"]
+    )
+
+
+class Slow:
+    """Pretends to generate: `prefill` seconds to the first token, `step` seconds for each further one."""
+
+    def __init__(self, prefill, step, log=None):
+        self.prefill, self.step, self.log = prefill, step, log if log is not None else []
+
+    def __call__(self, input_ids, stopping_criteria, max_new_tokens, **settings):
+        self.log.append(self.prefill)
+        time.sleep(self.prefill)
+        for number in range(max_new_tokens):
+            time.sleep(self.step if number else 0)
+            stopping_criteria(input_ids, None)
+
+
+def test_comparison_alternates_and_reports_ratios():
+    log, inputs = [], {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    arms = {"dense": Slow(0.02, 0.004, log), "merged": Slow(0.01, 0.002, log)}
+    found = measure.compare_latency(arms, inputs, new_tokens=6, repeats=3)
+    assert log == [0.02, 0.01] * 4  # one round to warm up
+    assert found["baseline"] == "dense"
+    for part in ("prefill", "decode", "total"):
+        assert found["speedup"]["merged"][part]["median"] == pytest.approx(2, rel=0.25)
+        assert found["speedup"]["dense"][part]["median"] == 1
+    assert found["arms"]["dense"]["decode"]["median"] == pytest.approx(5 * 0.004, rel=0.25)
+    turned = measure.compare_latency(arms, inputs, new_tokens=2, repeats=1, baseline="merged")
+    assert turned["speedup"]["dense"]["prefill"]["median"] < 1
+    with pytest.raises(ConfigError, match=r"baseline 'x' is none of the arms \['dense', 'merged'\]"):
+        measure.compare_latency(arms, inputs, baseline="x")
+    with pytest.raises(ConfigError, match=r"at least one arm"):
+        measure.compare_latency({}, inputs)
+    with pytest.raises(ConfigError, match=r"Wanted 4 tokens one by one, the model made 0"):
+        measure.latency(lambda **kwargs: None, inputs, new_tokens=4)
+
+
+def test_share_of_the_attentions_bounds_the_speed_up():
+    model, inputs = toys.make_llava(), toys.make_prompts()
+    attention = model.model.language_model.layers[2].self_attn
+    original = attention.forward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.02)  # far longer than all the rest of a step
+        return original(*args, **kwargs)
+
+    attention.forward = slow
+    share = measure.attention_share(model, inputs, [2], new_tokens=4, repeats=2)
+    other = measure.attention_share(model, inputs, [0], new_tokens=4, repeats=2)
+    assert share["decode"]["share"] > 0.7
+    assert other["decode"]["share"] < 0.3
+    assert share["decode"]["bound"] == pytest.approx(1 / (1 - share["decode"]["share"]))
+    assert not attention._forward_hooks
+
+
+def test_peak_memory_sees_a_passing_tensor():
+    with measure.peak_memory() as memory:
+        block = torch.ones(30_000_000)  # 114 MiB
+        time.sleep(0.05)
+        del block
+    assert memory["resident_peak"] - memory["resident_before"] > 80
