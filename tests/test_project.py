@@ -72,9 +72,13 @@ def test_every_import_is_declared():
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of the packages a file imports, without the standard library and eas_kit itself."""
+    return imported_by(path.read_text())
+
+
+def imported_by(source: str) -> set[str]:
+    """Top-level names of the packages a source imports, without the standard library and eas_kit itself."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
