@@ -1,0 +1,78 @@
+"""Results that are computed once: one JSON file each, named after what determines it, shared between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Busy(Exception):
+    """Another process is computing this result just now."""
+
+
+def cached(folder: str | Path, name: str, key: dict[str, Any], compute: Callable[[], dict]) -> dict:
+    """The result for `key` from its file in `folder`, or computed now and written there.
+
+    The file holds {"key": ..., "result": ...}; its name is `name` and a digest of the key. While it computes, the
+    process holds a claim; Busy is raised in any other that asks. The claim of a process that died is taken over.
+    """
+    text = json.dumps(key, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, claim = folder / f"{name}-{digest}.json", folder / f"{name}-{digest}.claim"
+    found = _read(path)
+    if found is not None:
+        return found
+    _take(claim)
+    try:
+        found = _read(path)  # the one who held the claim may have finished in between
+        if found is not None:
+            return found
+        result = json.loads(json.dumps(compute()))  # what a reader of the file will get
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"key": json.loads(text), "result": result}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return result
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else None
+
+
+def _take(claim: Path) -> None:
+    holder = f"{socket.gethostname()} {os.getpid()}"
+    for _ in range(2):
+        try:
+            with open(claim, "x", encoding="utf-8") as file:
+                file.write(holder)
+            return
+        except FileExistsError:
+            if not _abandoned(claim):
+                raise Busy(claim.name) from None
+            claim.unlink(missing_ok=True)
+    raise Busy(claim.name)
+
+
+def _abandoned(claim: Path) -> bool:
+    """True if the claim was made on this machine by a process that is no more."""
+    try:
+        host, pid = claim.read_text(encoding="utf-8").split()
+    except (FileNotFoundError, ValueError):
+        return False
+    if host != socket.gethostname() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -1,0 +1,219 @@
+"""The comparison of notebook 03: zero-shot, full tuning, LoRA, and PIA with nothing or k attentions skipped.
+
+Every tuned arm gets the same number of steps, batches and schedule; the learning rate is the method's own, from a
+table or chosen on `val` from a grid. Each run is a JSON file in a folder, so a comparison can be stopped, resumed,
+and filled by several processes at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import __version__
+from .arms import LEARNING_RATES, Arm, Plan
+from .bandit import draw_masks, lowest
+from .baselines import full_tuning, lora
+from .cache import Busy, cached
+from .checkpoint import rng_state, set_rng_state
+from .config import SearchConfig, TrainConfig
+from .counting import parameters
+from .errors import ConfigError
+from .model import EASModel, attach
+from .probe import score_without
+from .scorers import SCORERS
+from .training import fit, search
+
+if TYPE_CHECKING:
+    import pandas
+
+COLUMNS = (
+    *("arm", "method", "k", "chosen_by", "seed", "mask", "learning_rate"),
+    *("val_accuracy", "val_loss", "test_accuracy", "test_loss", "unparsed"),
+    *("trainable", "trainable_share", "steps", "seconds", "search_steps", "search_seconds", "scorer"),
+)
+
+
+def run_arms(
+    task: Any,
+    make_model: Callable[[], nn.Module],
+    arms: Sequence[Arm],
+    seeds: Sequence[int] = (0,),
+    out_dir: str | Path = "arms",
+    plan: Plan | None = None,
+    learning_rates: Mapping[str, float] = LEARNING_RATES,
+    grid: Mapping[str, Sequence[float]] | None = None,
+    model_name: str = "",
+    log: Callable[[str], Any] = print,
+    wait: bool = True,
+) -> pandas.DataFrame:
+    """Runs every arm with every seed and returns one row for each.
+
+    make_model: a fresh base model, the same each time. grid: for a method, learning rates to choose from: the plain
+    method (k = 0, first seed) is run with each, and the best accuracy on `val` (then loss) wins; `test` is reported
+    for all runs and never chosen by. model_name: goes into the files' keys, to keep models apart.
+    Runs that another process is working on are waited for, or left out without `wait`.
+    """
+    table = _Table(task, make_model, plan or Plan(), Path(out_dir), model_name, log)
+    order = [(arm, seed) for seed in seeds for arm in arms]
+    jobs, rows, told = order, {}, False
+    while jobs:
+        busy = []
+        for arm, seed in jobs:
+            try:
+                rate = table.learning_rate(arm.method, seeds[0], learning_rates, grid or {})
+                rows[arm, seed] = table.run(arm, seed, rate)
+            except Busy as claim:
+                busy.append((arm, seed))
+                waiting_for = claim
+        if len(busy) == len(jobs):
+            if not wait:
+                break
+            if not told:
+                log(f"waiting for another process ({waiting_for} in {out_dir}; delete it if there is none)")
+                told = True
+            time.sleep(2.0)
+        jobs = busy
+    return _frame([rows[job] for job in order if job in rows])
+
+
+def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Mean and sd over seeds of each arm, in the order of the runs."""
+    groups = frame.groupby(["arm", "k"], sort=False)
+    found = groups.agg(
+        seeds=("seed", "size"),
+        test_accuracy=("test_accuracy", "mean"),
+        test_accuracy_sd=("test_accuracy", "std"),
+        test_loss=("test_loss", "mean"),
+        val_accuracy=("val_accuracy", "mean"),
+        val_loss=("val_loss", "mean"),
+        trainable_share=("trainable_share", "mean"),
+        seconds=("seconds", "mean"),
+    )
+    return found.reset_index()
+
+
+class _Table:
+    def __init__(self, task, make_model, plan: Plan, folder: Path, model_name: str, log):
+        self.task, self.make_model, self.plan, self.folder, self.log = task, make_model, plan, folder, log
+        sizes = [len(getattr(task, split)) for split in ("train", "search", "val", "test")]
+        self.base_key = {"task": task.name, "sizes": sizes, "model": model_name, "version": __version__}
+
+    def learning_rate(self, method: str, seed: int, rates: Mapping[str, float], grid: Mapping) -> float | None:
+        if method == "zero_shot":
+            return None
+        if method not in grid:
+            if method not in rates:
+                raise ConfigError(f"learning_rates has no {method!r}; give one, or a grid to choose from")
+            return rates[method]
+        runs = [(self.run(Arm(method), seed, rate), rate) for rate in grid[method]]
+        return min(runs, key=lambda run: (-run[0]["val_accuracy"], run[0]["val_loss"]))[1]
+
+    def run(self, arm: Arm, seed: int, rate: float | None) -> dict:
+        drawn = 0 if arm.method == "zero_shot" else seed  # nothing is drawn: one run serves all seeds
+        key = self.base_key | {"plan": self.plan.key(arm), "arm": asdict(arm), "seed": drawn, "learning_rate": rate}
+        name = f"{arm.name.replace(' ', '_').replace('=', '')}-seed{drawn}"
+        return cached(self.folder, name, key, lambda: self._run(arm, drawn, rate)) | {"seed": seed}
+
+    def _run(self, arm: Arm, seed: int, rate: float | None) -> dict:
+        plan, task = self.plan, self.task
+        before = rng_state()
+        torch.manual_seed(seed)  # of new adapters and LoRA matrices
+        try:
+            row = {"arm": arm.name, "method": arm.method, "k": arm.k, "chosen_by": arm.chosen_by, "seed": seed}
+            row |= {"mask": [], "learning_rate": rate, "steps": 0, "seconds": 0.0}
+            net, extra = self._prepare(arm, seed)
+            row |= extra
+            if arm.method != "zero_shot":
+                config = TrainConfig.from_dict(
+                    plan.train.to_dict() | {"max_steps": plan.steps, "learning_rate": rate, "seed": seed}
+                )
+                history = fit(net, task, config)
+                row |= {"steps": len(history), "seconds": history.seconds}
+        finally:
+            set_rng_state(before)
+        settings = plan.zero_shot if arm.method == "zero_shot" else plan.evaluate
+        for split in ("val", "test"):
+            found = task.evaluate(net, split, **settings)
+            row |= {f"{split}_{part}": found[part] for part in ("accuracy", "loss")}
+            row["details"] = row.get("details", {}) | {split: found}
+        row["unparsed"] = row["details"]["test"].get("unparsed")
+        self.log(f"{arm.name}, seed {seed}: val {row['val_accuracy']:.3f}, test {row['test_accuracy']:.3f}")
+        return row
+
+    def _prepare(self, arm: Arm, seed: int) -> tuple[nn.Module, dict]:
+        """The model of an arm, ready to be tuned, and its columns."""
+        base = self.make_model()
+        total = sum(p.numel() for p in base.parameters())
+
+        def share(trained: int) -> dict:
+            return {"trainable": trained, "trainable_share": trained / total}
+
+        if arm.method == "zero_shot":
+            return base, share(0)
+        if arm.method in ("full", "lora"):
+            net, _ = full_tuning(base) if arm.method == "full" else lora(base, **self.plan.lora)
+            return net, share(sum(p.numel() for p in net.parameters() if p.requires_grad))
+        net, extra = attach(base, self.plan.eas), {}
+        if arm.k:
+            net, extra = self._choose(net, arm, seed)
+        extra["mask"] = list(net.mask)
+        return net, share(parameters(net)["active"]["total"]) | extra
+
+    def _choose(self, net: EASModel, arm: Arm, seed: int) -> tuple[EASModel, dict]:
+        """Sets the mask in the way of the arm."""
+        extra: dict[str, Any] = {}
+        if arm.chosen_by == "random":
+            zeros = torch.zeros(net.num_sites)
+            net.mask = draw_masks(zeros, arm.k, 1, np.random.default_rng([seed, arm.k]))[0]
+        elif arm.chosen_by == "scorer":
+            found = cached(
+                self.folder,
+                f"scorer-k{arm.k}",
+                self.base_key | {"scorers": "best", "k": arm.k, "limit": self.plan.score_limit},
+                lambda: best_scorer(self.make_model(), self.task, arm.k, self.plan.score_limit),
+            )
+            net.mask, extra = found["mask"], {"scorer": found["scorer"]}
+        else:
+            changes = {"num_skipped": arm.k, "seed": seed}
+            config = SearchConfig.from_dict(self.plan.search.to_dict() | changes)
+            key = self.base_key | {"search": config.identity(), "eas": self.plan.eas.to_dict()}
+
+            def find() -> dict:
+                result = search(net, self.task, config)
+                return asdict(result) | {"preferences": result.preferences.tolist()}
+
+            if self.plan.tune_on:
+                found = find()  # the adapters are wanted, too, and they are in no file
+            else:
+                found = cached(self.folder, f"search-k{arm.k}-seed{seed}", key, find)
+                torch.manual_seed(seed)
+                net = attach(self.make_model(), self.plan.eas)
+            net.mask = found["skipped"]
+            extra = {"search_steps": len(found["steps"]), "search_seconds": found["seconds"]}
+        return net, extra
+
+
+def best_scorer(model: nn.Module, task: Any, k: int, limit: int | None = None) -> dict[str, Any]:
+    """The mask of the scorer whose k sites cost the untuned model least on `val`: mask, scorer, losses of all."""
+    losses, masks = {}, {}
+    for name, scorer in SCORERS.items():
+        if name == "random":
+            continue
+        masks[name] = lowest(scorer(model, task, "mha", limit=limit), k)
+        losses[name] = score_without(model, task, "mha", masks[name], "val", limit)["loss"]
+    best = min(losses, key=losses.get)
+    return {"mask": list(masks[best]), "scorer": best, "losses": losses}
+
+
+def _frame(rows: list[dict]) -> pandas.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([{column: row.get(column) for column in COLUMNS} for row in rows], columns=list(COLUMNS))

@@ -1,0 +1,251 @@
+"""Baselines, the table of arms and its cache, and the stability of choices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import toys
+
+import eas_kit as eas
+from eas_kit import cache, compare
+from eas_kit.arms import CHOICES, Arm, Plan, standard_arms
+from eas_kit.baselines import full_tuning, language_linears, lora
+from eas_kit.cache import Busy, cached
+from eas_kit.compare import run_arms, summary
+from eas_kit.errors import ConfigError
+from eas_kit.stability import agreement, overlap, rank_correlation, score_masks
+
+# -- baselines -----------------------------------------------------------------------------------------------------
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_full_tuning_leaves_the_vision_tower_alone():
+    model, share = full_tuning(toys.make_llava())
+    names = {name for name, _ in model.named_parameters()}
+    tower = {name for name in names if "vision_tower" in name}
+    assert trained(model) == names - tower
+    assert len(tower) > 10
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert share == sum(sizes[name] for name in names - tower) / sum(sizes.values())
+    without, smaller = full_tuning(toys.make_llava(), projector=False)
+    assert trained(model) - trained(without) == {n for n in names if "multi_modal_projector" in n}
+    assert smaller < share
+
+
+def test_lora_is_in_the_language_model_only():
+    model, share = lora(toys.make_llava(), rank=3)
+    adapted = {name.split(".lora_")[0] for name in trained(model)}
+    assert all("lora_" in name for name in trained(model))
+    assert not any("vision" in name or "projector" in name for name in adapted)
+    assert len(adapted) == 5 * 7
+    d, f, q, kv = toys.WIDTH, 53, 28, 14
+    per_layer = 3 * (2 * (d + q) + 2 * (d + kv) + 3 * (d + f))
+    assert share == 5 * per_layer / sum(p.numel() for p in model.parameters())
+    # The tower has layers of the same names, which a match by name would have taken.
+    assert any(name.endswith("vision_tower.encoder.layers.0.self_attn.q_proj") for name, _ in model.named_modules())
+    few, _ = lora(toys.make_llava(), linears=("q_proj", "v_proj"))
+    assert len({name.split(".lora_")[0] for name in trained(few)}) == 10
+    with pytest.raises(ConfigError, match=r"linears: wanted some of .*'down_proj'.*got \['qkv'\]"):
+        language_linears(toys.make_llava(), ("qkv",))
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_computed_once(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"value": (1, 2)}
+
+    assert cached(tmp_path, "run", {"a": 1}, compute) == {"value": [1, 2]}
+    assert cached(tmp_path, "run", {"a": 1}, compute) == {"value": [1, 2]}
+    assert len(calls) == 1
+    cached(tmp_path, "run", {"a": 2}, compute)
+    assert len(calls) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    assert json.loads(next(tmp_path.iterdir()).read_text())["key"] in ({"a": 1}, {"a": 2})
+
+
+def test_failures_leave_nothing_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        cached(tmp_path, "run", {}, lambda: {"value": 1 / 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_claims_of_living_processes_are_respected_and_of_dead_ones_taken_over(tmp_path, monkeypatch):
+    cached(tmp_path, "run", {}, lambda: {"value": 1})
+    path = next(tmp_path.glob("*.json"))
+    claim = path.with_suffix(".claim")
+    host = cache.socket.gethostname()
+    path.unlink()
+    claim.write_text(f"{host} {os.getppid()}")
+    with pytest.raises(Busy, match=r"run-.*\.claim"):
+        cached(tmp_path, "run", {}, lambda: {"value": 2})
+    claim.write_text(f"elsewhere {os.getppid()}")
+    with pytest.raises(Busy):
+        cached(tmp_path, "run", {}, lambda: {"value": 2})
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    claim.write_text(f"{host} {dead.pid}")
+    assert cached(tmp_path, "run", {}, lambda: {"value": 3}) == {"value": 3}
+    assert not claim.exists()
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def small_plan(**changes):
+    values = {
+        "steps": 3,
+        "train": eas.TrainConfig(batch_size=6, progress=False),
+        "eas": eas.EASConfig(skip_rank=6, adapt_rank=4),
+        "search": eas.SearchConfig(
+            warmup_steps=1, updates=2, train_steps_per_update=1, batch_size=4, reward_batch_size=4, progress=False
+        ),
+        "lora": {"rank": 2},
+    }
+    return Plan(**values | changes)
+
+
+def test_standard_arms():
+    names = [arm.name for arm in standard_arms((2, 4), ("bandit", "random"))]
+    head = ["zero_shot", "full", "lora", "pia"]
+    assert names == [*head, "pia k=2 bandit", "pia k=2 random", "pia k=4 bandit", "pia k=4 random"]
+    with pytest.raises(ConfigError, match=r"method: wanted one of .*'pia'.*got 'adapter'"):
+        Arm("adapter")
+    for wrong in (("lora", 2, "random"), ("pia", 2, None), ("pia", 0, "random"), ("pia", 2, "me")):
+        with pytest.raises(ConfigError, match=r"only 'pia' skips, and k above 0 goes with chosen_by"):
+            Arm(*wrong)
+
+
+@pytest.mark.slow
+def test_all_arms_run_once_and_resume_from_their_files(toy_task, tmp_path):
+    made, said = [], []
+
+    def make_model():
+        made.append(1)
+        return toys.make_llava()
+
+    arms = standard_arms((2,))
+    arguments = {"seeds": (0, 1), "out_dir": tmp_path, "plan": small_plan(), "log": said.append}
+    frame = run_arms(toy_task, make_model, arms, **arguments)
+    assert len(frame) == 14
+    assert list(frame.columns) == list(compare.COLUMNS)
+    assert frame["steps"].tolist() == [0, 3, 3, 3, 3, 3, 3] * 2
+    by_arm = frame[frame["seed"] == 1].set_index("arm")
+    assert by_arm.loc["zero_shot", "test_loss"] == toy_task.evaluate(toys.make_llava(), "test")["loss"]
+    assert by_arm.loc["zero_shot", "trainable"] == 0
+    assert by_arm.loc["pia", "mask"] == []
+    for choice in CHOICES:
+        assert len(by_arm.loc[f"pia k=2 {choice}", "mask"]) == 2
+    assert by_arm.loc["pia k=2 scorer", "scorer"] in ("cosine_similarity", "block_influence", "single_ablation")
+    assert by_arm.loc["pia k=2 bandit", "search_steps"] == 3
+    assert by_arm.loc["full", "trainable_share"] > 0.5 > by_arm.loc["pia", "trainable_share"] > 0
+    assert len({tuple(mask) for mask in frame[frame["arm"] == "pia k=2 scorer"]["mask"]}) == 1  # blind to the seed
+    count = len(made)
+    again = run_arms(toy_task, make_model, arms, **arguments)
+    assert len(made) == count  # everything came from the files
+    assert again.to_json() == frame.to_json()
+    table = summary(frame)
+    assert table["seeds"].tolist() == [2] * 7
+    assert table["test_accuracy"][1] == pytest.approx(frame[frame["arm"] == "full"]["test_accuracy"].mean())
+    # Another search setting concerns the bandit's arms alone.
+    changed = small_plan(search=eas.SearchConfig(**arguments["plan"].search.to_dict() | {"updates": 1}))
+    run_arms(toy_task, make_model, arms, **arguments | {"plan": changed})
+    assert len(made) == count + 2 * 2  # per seed: one model to search with, one to tune
+
+
+def test_runs_are_the_same_in_any_order_and_with_fresh_adapters(toy_task, tmp_path):
+    arms = [Arm("pia", 2, "bandit"), Arm("pia", 2, "random")]
+    quiet = {"plan": small_plan(), "log": lambda line: None}
+    one = run_arms(toy_task, toys.make_llava, arms, out_dir=tmp_path / "a", **quiet)
+    torch.manual_seed(5)
+    other = run_arms(toy_task, toys.make_llava, arms[::-1], out_dir=tmp_path / "b", **quiet)
+    columns = ["mask", "val_loss", "test_loss", "test_accuracy"]
+    assert one[columns].to_json() == other[::-1].reset_index(drop=True)[columns].to_json()
+    # The bandit hands over its mask and nothing else: tuning by hand with that mask gives the same model.
+    torch.manual_seed(0)
+    net = eas.attach(toys.make_llava(), quiet["plan"].eas)
+    net.mask = one["mask"][0]
+    config = eas.TrainConfig(max_steps=3, batch_size=6, learning_rate=1e-2, progress=False)
+    eas.fit(net, toy_task, config)
+    assert toy_task.evaluate(net, "test")["loss"] == one["test_loss"][0]
+    on = run_arms(toy_task, toys.make_llava, arms[:1], out_dir=tmp_path, **quiet | {"plan": small_plan(tune_on=True)})
+    assert on["mask"][0] == one["mask"][0]
+    assert on["test_loss"][0] != one["test_loss"][0]
+
+
+def test_learning_rate_is_chosen_on_val(toy_task, tmp_path):
+    grid = {"full": (1e-6, 3e-3)}
+    arguments = {"out_dir": tmp_path, "plan": small_plan(steps=20), "log": lambda line: None}
+    frame = run_arms(toy_task, toys.make_llava, [Arm("full")], grid=grid, **arguments)
+    runs = [json.loads(path.read_text())["result"] for path in tmp_path.glob("full*.json")]
+    assert len(runs) == 2
+    best = min(runs, key=lambda run: (-run["val_accuracy"], run["val_loss"]))
+    assert frame["learning_rate"][0] == best["learning_rate"]
+    assert frame["learning_rate"][0] == 3e-3
+    with pytest.raises(ConfigError, match=r"learning_rates has no 'lora'; give one, or a grid"):
+        run_arms(toy_task, toys.make_llava, [Arm("lora")], learning_rates={}, **arguments)
+
+
+def test_rows_of_other_processes_are_left_out_without_waiting(toy_task, tmp_path, monkeypatch):
+    quiet = {"plan": small_plan(), "log": lambda line: None, "out_dir": tmp_path}
+    run_arms(toy_task, toys.make_llava, [Arm("zero_shot"), Arm("pia")], **quiet)
+    path = next(tmp_path.glob("pia-*.json"))
+    content = path.read_text()
+    path.unlink()
+    path.with_suffix(".claim").write_text(f"{cache.socket.gethostname()} {os.getppid()}")
+    frame = run_arms(toy_task, toys.make_llava, [Arm("zero_shot"), Arm("pia")], wait=False, **quiet)
+    assert frame["arm"].tolist() == ["zero_shot"]
+    # With waiting, the other process's result is taken over as soon as it is there.
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: path.write_text(content))
+    frame = run_arms(toy_task, toys.make_llava, [Arm("zero_shot"), Arm("pia")], **quiet)
+    assert frame["arm"].tolist() == ["zero_shot", "pia"]
+
+
+# -- stability -----------------------------------------------------------------------------------------------------
+
+
+def test_rank_correlation_by_hand():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # ranks 0 1 2 3 and 1 0 3 2: sum of squared differences 4, rho = 1 - 6 * 4 / (4 * 15)
+    assert rank_correlation(torch.tensor([1.0, 2.0, 3.0, 4.0]), [2, 1, 4, 3]) == pytest.approx(0.6)
+    # ties share a rank: 0 1.5 1.5 3 against 0 1 2 3: 4.5 / sqrt(4.5 * 5)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert torch.tensor(rank_correlation([1, 1, 1], [1, 2, 3])).isnan()
+    with pytest.raises(ConfigError, match=r"got 2 and 3 sites"):
+        rank_correlation([1, 2], [1, 2, 3])
+
+
+def test_overlap_and_agreement():
+    assert overlap((1, 2, 5, 7), (0, 2, 5, 9)) == 0.5
+    with pytest.raises(ConfigError, match=r"equal size, not empty"):
+        overlap((1, 2), (1,))
+    frame = agreement({"a": [0.0, 1, 2, 3, 4], "b": [1.0, 0, 4, 3, 2], "c": [4.0, 3, 2, 1, 0]}, k=2)
+    assert frame[["one", "other"]].to_numpy().tolist() == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert frame["overlap"].tolist() == [1.0, 0.0, 0.0]
+    assert frame["chance"].tolist() == [0.4] * 3
+    assert frame["rank_correlation"][1] == pytest.approx(-1)
+
+
+def test_masks_are_scored_and_the_nets_own_is_kept(toy_task):
+    net = eas.attach(toys.make_llava(), eas.EASConfig(skip_rank=6, adapt_rank=4))
+    toys.stir(net.adapters)
+    net.mask = [4]
+    frame = score_masks(net, toy_task, {"bandit": [0, 2], "random": (1, 3)})
+    assert net.mask == (4,)
+    assert frame["mask"].tolist() == [(0, 2), (1, 3)]
+    net.mask = [1, 3]
+    assert frame["loss"][1] == toy_task.score(net, "val")["loss"]
+    assert frame["reward"][1] == pytest.approx(torch.exp(torch.tensor(-frame["loss"][1])).item(), rel=1e-5)
