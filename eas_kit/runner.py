@@ -147,7 +147,7 @@ def _run_one(
     from .kernel import execute  # papermill and its friends take a moment to import
 
     given = ", ".join(f"{name}={value!r}" for name, value in outcome.parameters.items())
-    print(f"{label} {notebook.name}  {given}", file=stream, flush=True)
+    print(f"{label} {notebook.name}  {given}".rstrip(), file=stream, flush=True)
     target = out / outcome.path
     _remove_leftovers(out, notebook.name)
     parameters = dict(outcome.parameters)
