@@ -82,6 +82,7 @@ class EASModel(nn.Module):
         self._given: Tensor | None = None  # (b, P) bool mask of the running net.generate
         self._fold_next = False  # merge when the running generate has prefilled
         self._detached = False
+        self._checkpointing = False  # switched on through this object
         self._parameter_names = list(inspect.signature(base.forward).parameters)
         self._top_handles = [
             base.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -359,11 +360,27 @@ class EASModel(nn.Module):
         owners = self.active_adapters().values() if active else [self.adapters]
         return [p for owner in owners for p in owner.parameters() if p.requires_grad]
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self.base.gradient_checkpointing_enable(*args, **kwargs)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As the base model's; `detach` and `gradient_checkpointing_disable` leave no trace of it."""
+        if hasattr(self.base, "activation_checkpointing_enable"):  # its name in newer transformers
+            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        else:
+            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        self._checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        self.base.gradient_checkpointing_disable()
+        if hasattr(self.base, "activation_checkpointing_disable"):
+            self.base.activation_checkpointing_disable()
+        else:
+            self.base.gradient_checkpointing_disable()
+        if self._checkpointing:
+            self.base.disable_input_require_grads()
+        self._checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        value = getattr(self.base, "is_activation_checkpointing", None)
+        return bool(self.base.is_gradient_checkpointing if value is None else value)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, adapter_model.safetensors and mask.json: all or nothing."""
@@ -373,6 +390,8 @@ class EASModel(nn.Module):
     def detach(self) -> nn.Module:
         """See `detach`."""
         self._check_usable("detach")
+        if self._checkpointing:
+            self.gradient_checkpointing_disable()
         self._clear_seats()
         for handle in self._top_handles:
             handle.remove()
