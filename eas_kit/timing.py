@@ -17,7 +17,6 @@ from .errors import ConfigError
 from .masks import check_mask
 from .sites import find_sites, unwrap
 
-
 # -- latency -------------------------------------------------------------------------------------------------------
 
 
@@ -103,43 +102,53 @@ def attention_share(
     inputs: Mapping[str, torch.Tensor],
     mask: Iterable[int],
     new_tokens: int = 64,
-    repeats: int = 3,
+    repeats: int = 7,
     **generate,
 ) -> dict[str, Any]:
     """Share of a dense model's time that the attentions of `mask` take, and the bound it puts on the speed-up.
 
     For prefill, decode and total: share (median over repeats) and bound = 1 / (1 - share), the speed-up if those
-    attentions cost nothing and nothing took their place. Timing each attention by itself slows the run a little.
+    attentions took no time and nothing took their place. A merged layer also needs no norm before its feed-forward,
+    which at small widths is not nothing: share_with_norm and bound_with_norm count both, and are the bound that a
+    merged model cannot pass. Timing parts by themselves slows the run a little.
     """
-    sites = [site for site in find_sites(model) if site.index in set(check_mask(mask, len(find_sites(model))))]
+    chosen = set(check_mask(mask, len(find_sites(model))))
     device = next(iter(inputs.values())).device
-    spans: list[tuple[float, float]] = []
+    spans: list[tuple[str, float, float]] = []
     starts: list[float] = []
     handles = []
-    for site in sites:
-        module = unwrap(model).get_submodule(site.path)
-        handles.append(module.register_forward_pre_hook(lambda *_: starts.append(now(device)), prepend=True))
-        handles.append(module.register_forward_hook(lambda *_: spans.append((starts.pop(), now(device)))))
-    shares = defaultdict(list)
+    for site in (site for site in find_sites(model) if site.index in chosen):
+        layer = unwrap(model).get_submodule(site.layer_path)
+        for part in (site.names.attention, site.names.norm_ffn):
+            kind = "attention" if part == site.names.attention else "norm"
+            module = getattr(layer, part)
+            handles.append(module.register_forward_pre_hook(lambda *_: starts.append(now(device)), prepend=True))
+            handles.append(
+                module.register_forward_hook(lambda *_, kind=kind: spans.append((kind, starts.pop(), now(device))))
+            )
+    shares: dict[tuple[str, str], list[float]] = defaultdict(list)
     try:
         for repeat in range(repeats + 1):
             spans.clear()
             times = _timed(model, inputs, new_tokens, generate)
             if repeat == 0:  # to warm up
                 continue
-            first = times["first"]
-            spent = {
-                "prefill": sum(b - a for a, b in spans if b <= first),
-                "decode": sum(b - a for a, b in spans if b > first),
-            }
-            spent["total"] = spent["prefill"] + spent["decode"]
-            for part, seconds in spent.items():
-                shares[part].append(seconds / times[part] if times[part] > 0 else 0.0)
+            spent: dict[tuple[str, str], float] = defaultdict(float)
+            for kind, start, end in spans:
+                for part in ("prefill" if end <= times["first"] else "decode", "total"):
+                    spent[part, kind] += end - start
+            for part in ("prefill", "decode", "total"):
+                whole, alone = times[part] or 1.0, spent[part, "attention"]
+                shares[part, ""].append(alone / whole)
+                shares[part, "_with_norm"].append((alone + spent[part, "norm"]) / whole)
     finally:
         for handle in handles:
             handle.remove()
-    medians = {part: statistics.median(values) for part, values in shares.items()}
-    return {part: {"share": share, "bound": 1 / (1 - share)} for part, share in medians.items()}
+    found: dict[str, Any] = defaultdict(dict)
+    for (part, more), values in shares.items():
+        share = statistics.median(values)
+        found[part] |= {f"share{more}": share, f"bound{more}": 1 / (1 - share)}
+    return dict(found)
 
 
 @torch.no_grad()

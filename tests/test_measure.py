@@ -220,6 +220,8 @@ def test_share_of_the_attentions_bounds_the_speed_up():
     assert share["decode"]["share"] > 0.7
     assert other["decode"]["share"] < 0.3
     assert share["decode"]["bound"] == pytest.approx(1 / (1 - share["decode"]["share"]))
+    assert share["decode"]["share_with_norm"] > share["decode"]["share"]
+    assert share["decode"]["bound_with_norm"] > share["decode"]["bound"]
     assert not attention._forward_hooks
 
 
