@@ -107,7 +107,7 @@ class LiveFigure:
 
     # what sub-classes say
     def keep(self, event: Any) -> bool:
-        """Remember an event; True if it may be the run's last."""
+        """Remember an event; False if it is of a kind that this display does not draw."""
         raise NotImplementedError
 
     def frame(self) -> str:
@@ -123,6 +123,8 @@ class LiveFigure:
         self.step = int(field(event, "step", default=self.step + 1))
         self.total = field(event, "total_steps", "total", default=self.total)
         ends = self.keep(event)
+        if self.finished and not ends:  # another kind of event of the last step
+            return
         self.finished = False
         if ends and self.total is not None and self.step >= self.total:
             self.close()

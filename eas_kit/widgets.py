@@ -69,21 +69,26 @@ class SkipMaskState:
         self.mask, self.made_by = check_mask(mask, self.num_sites), made_by
 
     def refresh(self) -> None:
-        """Evaluates the mask, once; what goes wrong is kept in `error`, never raised, so that a panel can show it."""
-        self.error, self.result = "", self.tried.get(self.mask)
-        if self.result is not None or self.evaluate is None:
-            return
+        """Evaluates the mask, and at first nothing skipped, to compare with; each once.
+
+        What goes wrong is kept in `error`, never raised, so that a panel can show it.
+        """
+        self.error, self.result = "", None
         began = time.perf_counter()
         try:
-            value = self.evaluate(self.mask)
-            values = value if isinstance(value, dict) else {"loss": value}
-            self.result = {
-                str(name): float(v) for name, v in values.items() if np.ndim(v) == 0 and not isinstance(v, str)
-            }
-            self.tried[self.mask] = self.result
+            for mask in ((), self.mask) if self.evaluate else ():
+                if mask not in self.tried:
+                    self.tried[mask] = self._numbers(self.evaluate(mask))
+            self.result = self.tried.get(self.mask)
         except Exception as error:  # whatever the model raises belongs on the panel, not in the browser's log
             self.error = f"{type(error).__name__}: {error}"
         self.seconds = time.perf_counter() - began
+
+    @staticmethod
+    def _numbers(value: Any) -> dict[str, float]:
+        values = value if isinstance(value, dict) else {"loss": value}
+        shown = {str(name): v for name, v in values.items() if np.ndim(v) == 0 and not isinstance(v, str)}
+        return {name: v if isinstance(v, int) else float(v) for name, v in shown.items()}
 
     def k_lowest(self, k: int) -> list[int]:
         return lowest(self.preferences, k)
@@ -97,7 +102,9 @@ class SkipMaskState:
         if self.error:
             return f"{text}. Not evaluated: {self.error}"
         if self.result:
-            text += "; " + ", ".join(f"{name} {value:.4f}" for name, value in self.result.items())
+            text += "; " + ", ".join(
+                f"{n} {v if isinstance(v, int) else format(v, '.4f')}" for n, v in self.result.items()
+            )
         dense = self.tried.get(())
         if self.mask and self.result and dense and "loss" in dense and "loss" in self.result:
             text += f" ({self.result['loss'] - dense['loss']:+.4f} against nothing skipped)"
@@ -115,7 +122,10 @@ class SkipMaskState:
         """The masks tried: loss against number of skipped sites, the present one marked."""
         known = {mask: result["loss"] for mask, result in self.tried.items() if "loss" in result}
         fig = new_figure(
-            "Masks tried: loss by number of skipped sites", "filled: the mask shown", height=250, width=560
+            "Masks tried: loss by number of skipped sites",
+            "filled: the mask shown; dashed: nothing skipped",
+            height=250,
+            width=560,
         )
         if known:
             here = [mask == self.mask for mask in known]
@@ -132,6 +142,9 @@ class SkipMaskState:
                 customdata=[listed(mask) for mask in known],
                 hovertemplate="skipped %{customdata}<br>loss %{y}<extra></extra>",
             )
+            if () in known:
+                line = {"color": GREY, "width": 1.2, "dash": "dash"}
+                fig.add_shape(type="line", xref="x domain", x0=0, x1=1, y0=known[()], y1=known[()], line=line)
             if self.mask in known:
                 here_loss = known[self.mask]
                 note(fig, f"{here_loss:.3f}", len(self.mask), here_loss, colour=BLUE, xshift=9)
@@ -175,10 +188,11 @@ class SkipMaskWidget(ipywidgets.VBox):
         self.status.add_class("skipmask-status")
         self.picture.add_class("skipmask-picture")
         self._react()
+        meaning = ipywidgets.HTML("orange: lowest preference, skipped first; blue: highest; cross and frame: skipped")
         presets = ipywidgets.HBox([self.k, *buttons.values()], layout={"flex_flow": "row wrap"})
         files = ipywidgets.HBox([self.path, self.save_button, self.load_button])
         style = ipywidgets.HTML(_style(state.preferences), layout={"display": "none"})
-        super().__init__([style, presets, *rows, self.status, self.picture, files])
+        super().__init__([style, presets, *rows, meaning, self.status, self.picture, files])
         self.add_class("skipmask")
         self.set_mask(state.mask)
 

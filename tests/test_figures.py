@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,6 +208,14 @@ def test_single_sites_from_global_site_numbers():
     assert list(trace(fig, "FFN").x) == [0, 1, 2]
 
 
+def test_probe_report_is_taken_whole():
+    frame = probe_frame().query("kind != 'dense'").rename(columns={"num_skipped": "k"})
+    report = SimpleNamespace(frame=frame, dense={"loss": 0.25, "accuracy": 0.95}, metadata={"split": "val"})
+    fig = f.probe_curves(report)
+    assert trace(fig, "MHA").y[0] == 0.95
+    assert "val split" in words(fig)
+
+
 # -- choices -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +261,12 @@ def test_mask_comparison_has_every_mask_and_mean():
     assert "0.800" in words(fig)
 
 
+def test_masks_whose_names_differ_in_a_number_share_a_row():
+    names = ["bandit seed 0", "bandit seed 1", "random 0", "random 11", "single ablation"]
+    fig = f.mask_comparison(pd.DataFrame({"name": names, "mask": [(1,)] * 5, "loss": range(5)}))
+    assert list(fig.layout.yaxis.ticktext) == ["bandit", "random", "single ablation"]
+
+
 # -- tuning ------------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +294,18 @@ def test_arms_hold_means_seeds_and_words():
     assert fig.layout.xaxis.range == (0, 1)
     assert "best PIA, 4 skipped, 96.0 ± 1.0%" in fig.layout.title.text
     assert not [t for t in f.arms_accuracy(arms(), zero=False).data if t.type == "bar"]
+
+
+def test_arms_by_their_own_names_and_columns():
+    names = ["zero_shot", "full", "lora", "pia", "pia k=4 bandit"]
+    table = pd.DataFrame(
+        {"arm": names, "val_accuracy": 0.1, "test_accuracy": [0.3, 0.9, 0.8, 0.85, 0.84], "speedup": 1.0}
+    )
+    fig = f.arms_accuracy(table)
+    assert list(fig.layout.yaxis.ticktext) == ["zero-shot", "full tuning", "LoRA", "PIA", "PIA, 4 skipped (bandit)"]
+    assert trace(fig, "full tuning").x[0] == 0.9
+    assert trace(f.arms_accuracy(table, split="val"), "full tuning").x[0] == 0.1
+    assert trace(f.accuracy_vs_speed(table), "arms").y[0] == 0.3
 
 
 def test_pareto_front():

@@ -178,6 +178,7 @@ def test_live_loss(sent, watched):
     display = live.LiveLoss(min_interval=0)
     for step in range(1, 6):
         display(SimpleNamespace(step=step, total_steps=5, loss=1 / step))
+    display(SimpleNamespace(step=5, total_steps=5, loss=None, preferences=[0.0]))  # a search's update comes last
     assert display.finished
     assert "step 4 of 5" in sent[-2][0]["image/svg+xml"]
     final = sent[-1][0][live.PLOTLY]["data"][-1]

@@ -126,9 +126,9 @@ def test_a_mask_that_does_not_fit_changes_nothing(panel, calls):
 
 
 def test_more_numbers_than_the_loss():
-    panel = SkipMaskWidget(PREFERENCES, lambda mask: {"loss": 0.25, "accuracy": 0.75, "split": "val"})
+    panel = SkipMaskWidget(PREFERENCES, lambda mask: {"loss": 0.25, "accuracy": 0.75, "count": 24, "split": "val"})
     assert panel.loss == 0.25
-    assert "loss 0.2500, accuracy 0.7500" in panel.status.value
+    assert "loss 0.2500, accuracy 0.7500, count 24" in panel.status.value
 
 
 def test_without_evaluate_it_only_makes_masks():

@@ -45,7 +45,8 @@ def scorer_comparison(
     """How each scorer ranks the sites: a row a scorer, 0 the site it skips first, crosses on the k it would skip.
 
     Args:
-        table: sites down (in order), scorers across; or long, with columns `scorer`, `site`, and `score`.
+        table: sites down (in order), scorers across, as `scorers.score_table` makes it; or long, with columns `scorer`,
+            `site`, and `score`.
         num_skipped: k.
         low_is_redundant: whether a low score means redundant, for all scorers or by name (default for those unnamed).
 
@@ -58,7 +59,7 @@ def scorer_comparison(
     table = table.select_dtypes("number").drop(columns=["site", "layer"], errors="ignore")
     by_name = low_is_redundant if isinstance(low_is_redundant, Mapping) else {}
     default = True if by_name else bool(low_is_redundant)
-    names, sites = [str(name) for name in table.columns], len(table)
+    names, sites = [str(name).replace("_", " ") for name in table.columns], len(table)
     scores = [table[c].to_numpy(float) * (1 if by_name.get(c, default) else -1) for c in table.columns]
     ranks = [np.argsort(np.argsort(row, kind="stable"), kind="stable").tolist() for row in scores]
     fig = new_figure(
@@ -185,7 +186,8 @@ def mask_comparison(
     """What masks of one size are worth: a row a way of choosing, a dot a mask, a bar at the mean.
 
     Args:
-        frame: one row a mask; columns `method` (or `made_by`, `source`, `name`, `arm`, or `group`'s) and `loss` (or
+        frame: one row a mask, as `stability.score_masks` makes it (names that differ in a last number only share a
+            row); columns `method` (or `made_by`, `source`, `name`, `arm`, or `group`'s) and `loss` (or
             `reward`, `accuracy`, or `value`'s). A column `skipped` or `mask` goes into the hover text.
         baseline: the value with nothing skipped, as a dashed line.
         split: the data split, said in the subtitle.
@@ -196,6 +198,8 @@ def mask_comparison(
     group = column(frame, *([group] if group else []), "method", "made_by", "source", "name", "arm")
     value = column(frame, *([value] if value else []), "loss", "reward", "accuracy")
     mask = column(frame, "skipped", "mask", required=False)
+    if group == "name":  # 'random 0', 'random 1' are one way of choosing
+        frame = frame.assign(name=frame[group].astype(str).str.replace(r"[\s,]*(seed\s*)?\d+$", "", regex=True))
     names = list(dict.fromkeys(frame[group]))
     better = "lower is better" if "loss" in value else "higher is better"
     fig = new_figure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ BETWEEN = 0.19  # panels, as a share of the width
 
 
 def probe_curves(
-    frame: pd.DataFrame,
+    frame: pd.DataFrame | Any,
     *,
     metrics: Iterable[str] = ("accuracy", "loss"),
     dense: Mapping[str, float] | None = None,
@@ -44,8 +44,8 @@ def probe_curves(
     Lines are means over trials, bands one standard deviation, dots single trials; dashed: nothing skipped.
 
     Args:
-        frame: one row a trial; columns `kind`, `num_skipped` (or `k`), and the metrics. Rows with nothing skipped, or
-            of kind "dense", are the dense model.
+        frame: what `probe_redundancy` returned, or a table of one row a trial; columns `kind`, `num_skipped` (or `k`),
+            and the metrics. Rows with nothing skipped, or of kind "dense", are the dense model.
         metrics: columns to draw; those not in the frame are left out. Accuracy is a share of 1.
         dense: the dense model's metrics, if no row of the frame holds them.
         split: the data split, said in the subtitle.
@@ -53,6 +53,9 @@ def probe_curves(
     Raises:
         FigureError: a column is missing, or no metric is there.
     """
+    if hasattr(frame, "frame"):
+        dense, split = dense or frame.dense, split or frame.metadata.get("split")
+        frame = frame.frame
     kind, k = column(frame, "kind"), column(frame, "num_skipped", "k")
     metrics = [name for name in metrics if name in frame.columns] or [column(frame, *metrics)]
     without = frame[(frame[k] == 0) | frame[kind].astype(str).str.lower().isin(DENSE)]

@@ -7,6 +7,7 @@ read them in the notebook file, and the static copy is drawn from the very same 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +241,13 @@ def padded(values: Iterable[float], low: float = 0.06, high: float = 0.06) -> li
     least, most = min(finite), max(finite)
     span = (most - least) or abs(most) * 0.1 or 1.0
     return [least - low * span, most + high * span]
+
+
+def arm_name(name: Any) -> str:
+    """An arm of `compare.run_arms` in words: 'pia k=4 bandit' is 'PIA, 4 skipped (bandit)'. Other names stay."""
+    words = {"zero_shot": "zero-shot", "full": "full tuning", "lora": "LoRA", "pia": "PIA"}
+    skipping = re.fullmatch(r"pia k=(\d+) (.+)", str(name))
+    return f"PIA, {skipping[1]} skipped ({skipping[2]})" if skipping else words.get(str(name), str(name))
 
 
 def percent(metric: str, span: float = 1.0) -> dict:

@@ -13,6 +13,7 @@ from .style import (
     INK,
     METRICS,
     FigureError,
+    arm_name,
     axis,
     colour_of,
     column,
@@ -138,7 +139,8 @@ def arms_accuracy(
     """Accuracy of the arms of a comparison: a bar at the mean, a dot a seed, the numbers written beside.
 
     Args:
-        table: one row an arm and seed; columns `arm` (or `method`, `name`) and `accuracy` (share of 1). Order is kept.
+        table: one row an arm and seed, as `compare.run_arms` makes it; columns `arm` (or `method`, `name`) and
+            `accuracy` or `<split>_accuracy` (share of 1). Order is kept.
         zero: bars from zero; False: an axis fitted to the data, for arms that lie close, and no bars.
         chance: accuracy of guessing, as a dotted line.
         split: the data split the numbers come from.
@@ -146,8 +148,9 @@ def arms_accuracy(
     Raises:
         FigureError: a column is missing.
     """
-    arm, metric = column(table, *([arm] if arm else []), "arm", "method", "name"), column(table, metric)
-    groups = {str(name): table.loc[table[arm] == name, metric].to_numpy(float) for name in dict.fromkeys(table[arm])}
+    arm = column(table, *([arm] if arm else []), "arm", "method", "name")
+    value = column(table, f"{split}_{metric}", metric)
+    groups = {arm_name(n): table.loc[table[arm] == n, value].to_numpy(float) for n in dict.fromkeys(table[arm])}
     names, means = list(groups), [float(np.nanmean(values)) for values in groups.values()]
     seeds = max(len(values) for values in groups.values())
     texts = [_mean_and_deviation(values, metric) for values in groups.values()]
@@ -225,7 +228,8 @@ def accuracy_vs_speed(
     Raises:
         FigureError: a column is missing.
     """
-    arm, accuracy = column(table, *([arm] if arm else []), "arm", "method", "name"), column(table, accuracy)
+    arm = column(table, *([arm] if arm else []), "arm", "method", "name")
+    accuracy = column(table, accuracy, f"test_{accuracy}")
     wanted = [speed] if speed else []
     speed = column(table, *wanted, "speedup", "ms_per_token", "ms", "seconds", "macs", "flops", "params")
     names = list(dict.fromkeys(table[arm]))
@@ -251,7 +255,7 @@ def accuracy_vs_speed(
         y=numbers(y),
         mode="markers+text",
         name="arms",
-        text=[str(name) for name in names],
+        text=[arm_name(name) for name in names],
         textposition=[f"{_free_side(i, x, y)} {'right' if x[i] <= middle else 'left'}" for i in range(len(names))],
         textfont={"size": 12},
         marker={
