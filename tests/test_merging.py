@@ -1,0 +1,423 @@
+"""The per-prompt merge: exact after real training, as cheap as said, refused where wrong, gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_prompt import make_net
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from toys import LAYERS, WIDTH, make_batch, make_llama, make_llava, make_prompts, snapshot, text_config
+from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import eas_kit.merging
+from eas_kit.config import EASConfig
+from eas_kit.errors import MergeError
+from eas_kit.merging import MergedLinear, check_merge, fold_linear, merged
+from eas_kit.model import attach
+from eas_kit.pia import PIA
+from eas_kit.sites import find_sites
+
+MASKS = [(), (0,), (LAYERS - 1,), (1, 3), (0, 1, 2, 4)]
+
+
+def trained(model, mask=(), steps=4, images=True, **config):
+    """A net after real optimiser steps, its adapters far from where they started."""
+    torch.manual_seed(3)
+    net = attach(model, EASConfig(**{"skip_rank": 6, "adapt_rank": 4} | config))
+    batch = make_batch(images=(True, False, True) if images else None)
+    net.train()
+    optimizer = torch.optim.AdamW(net.trainable_parameters(), lr=0.1)
+    for step in range(steps):
+        net.mask = mask if step % 2 else tuple(s for s in range(LAYERS - 1) if s not in mask)
+        loss = net(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.mask = mask
+    return net.eval()
+
+
+def prompt(model_has_images=True):
+    return make_prompts((7,), (True,) if model_has_images else None)
+
+
+def greedy(net, inputs, **more):
+    return net.generate(**inputs, max_new_tokens=8, do_sample=False, **more)
+
+
+class TestExact:
+    @pytest.mark.parametrize(
+        ("mask", "source"), [*((mask, "attention_norm") for mask in MASKS), ((0,), "ffn_norm"), ((1, 3), "ffn_norm")]
+    )
+    def test_merged_is_unmerged_after_training(self, mask, source):
+        net = trained(make_llava(), mask, source=source)
+        inputs = prompt()
+        with torch.no_grad():
+            moved = net.prefill(**inputs).logits
+            net.mask = ()
+            for parameter in net.adapters.parameters():
+                parameter.data, parameter.kept = torch.zeros_like(parameter), parameter.data
+            assert (net.prefill(**inputs).logits - moved).abs().max() > 0.1  # the adapters do something
+            for parameter in net.adapters.parameters():
+                parameter.data = parameter.kept
+        net.mask = mask
+        proof = check_merge(net, inputs, max_new_tokens=11)
+        assert proof
+        assert proof.same_tokens
+        assert 0 < proof.max_rel_diff <= 1e-4
+        assert proof.steps == 11
+        assert proof.mask == mask
+        assert proof.folded == 2 * len(mask) + 3 * (LAYERS - len(mask))
+
+    def test_without_adapters_at_kept_sites(self):
+        net = trained(make_llama(), (0, 2), images=False, adapt_rank=0)
+        proof = check_merge(net, prompt(False))
+        assert proof
+        assert proof.folded == 4
+
+    @pytest.mark.parametrize("family", ["llama with biases", "qwen2", "gemma"])
+    def test_other_forms_of_norm_and_linear(self, family):
+        sizes = {key: value for key, value in text_config().to_dict().items() if key != "model_type"}
+        torch.manual_seed(0)
+        if family == "llama with biases":
+            model = make_llama(mlp_bias=True, attention_bias=True)
+        elif family == "qwen2":  # biases on q, k and v
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        else:  # gain 1 + w, tied embeddings, scaled inputs
+            model = GemmaForCausalLM(GemmaConfig(**sizes))
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        model.generation_config.eos_token_id = None
+        proof = check_merge(trained(model.eval(), (0, 2), images=False), prompt(False))
+        assert proof, str(proof)
+
+    def test_control_bias_with_the_merged_weight_is_wrong(self, monkeypatch):
+        """A slip seen elsewhere: W' b + c in place of W b + c."""
+
+        def slip(linear, factors, gain=None):
+            weight, _ = fold_linear(linear, factors, gain)
+            wrong = weight @ factors.bias[0]
+            return weight, wrong if linear.bias is None else wrong + linear.bias
+
+        net = trained(make_llava(), (1, 3))
+        monkeypatch.setattr(eas_kit.merging, "fold_linear", slip)
+        proof = check_merge(net, prompt(), max_new_tokens=4)
+        assert not proof
+        assert proof.max_rel_diff > 1e-3
+
+    def test_control_a_forgotten_gain_is_wrong(self, monkeypatch):
+        net = trained(make_llava(), (1, 3))
+        monkeypatch.setattr(
+            eas_kit.merging, "fold_linear", lambda linear, factors, gain=None: fold_linear(linear, factors)
+        )
+        assert not check_merge(net, prompt(), max_new_tokens=4)
+
+    def test_half_precision(self):
+        net = trained(make_llava(), (1, 3))
+        net.base.to(torch.bfloat16)
+        inputs = prompt()
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        proof = check_merge(net, inputs, max_new_tokens=4)
+        assert proof.dtype == torch.bfloat16
+        assert proof.max_rel_diff < proof.tolerance
+
+    def test_fold_linear_is_the_product_of_matrices(self):
+        torch.manual_seed(0)
+        pia, linear, gain = PIA(14, 6, 2).double(), nn.Linear(14, 11).double(), torch.randn(14, dtype=torch.float64)
+        for parameter in pia.parameters():
+            parameter.data = torch.randn_like(parameter)
+        mean, n = torch.randn(1, 14, dtype=torch.float64), torch.randn(5, 14, dtype=torch.float64)
+        M, b = pia.fold(mean)
+        weight, bias = fold_linear(linear, pia.factors(pia.route(mean)), gain)
+        torch.testing.assert_close(n @ weight.T + bias, linear(gain * (n @ M[0].T + b[0])), atol=1e-12, rtol=0)
+
+    def test_no_product_as_large_as_the_width_squared(self):
+        pia, linear = PIA(62, 4, 2), nn.Linear(62, 122)
+        with torch.no_grad(), FlopCounterMode(display=False) as count:
+            fold_linear(linear, pia.factors(pia.route(torch.randn(1, 62))), torch.ones(62))
+        assert (
+            count.get_total_flops() < 5 * 2 * 122 * 62 * 4
+        )  # a product with a d x d matrix alone is 2 * 122 * 62 * 62
+
+    @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+    def test_beams_of_one_prompt(self, options):
+        net, inputs = trained(make_llava(), (0, 2)), prompt()
+        assert torch.equal(greedy(net, inputs, merge=True, **options), greedy(net, inputs, **options))
+
+    def test_sampling_and_padding_and_prompt_lookup(self):
+        net = trained(make_llama(), (0, 2), images=False)
+        ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+        inputs = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+        seen = []
+        for merge in (False, True):
+            torch.manual_seed(7)
+            seen.append(net.generate(**inputs, merge=merge, max_new_tokens=8, do_sample=True, num_return_sequences=2))
+        assert torch.equal(*seen)
+        plain = {"input_ids": ids[:, 2:]}
+        assert torch.equal(greedy(net, plain, merge=True, prompt_lookup_num_tokens=3), greedy(net, plain))
+        assert torch.equal(greedy(net, plain, merge=True, cache_implementation="static"), greedy(net, plain))
+
+    def test_next_turn_on_a_merged_cache(self):
+        net, inputs = trained(make_llava(), (0, 2)), prompt()
+        for merge in (False, True):
+            out = net.generate(**inputs, merge=merge, max_new_tokens=3, return_dict_in_generate=True)
+            turn = torch.cat([out.sequences, torch.tensor([[11, 12, 13]])], 1)
+            again = net.generate(input_ids=turn, past_key_values=out.past_key_values, merge=merge, max_new_tokens=4)
+            if not merge:
+                expected = again
+        assert torch.equal(again, expected)
+
+
+class Touched(TorchDispatchMode):
+    """Collects the addresses of all tensors that any operation reads or writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                self.addresses.add(value.untyped_storage().data_ptr())
+        return func(*args, **(kwargs or {}))
+
+    def any_of(self, module: nn.Module) -> bool:
+        return any(p.untyped_storage().data_ptr() in self.addresses for p in module.parameters())
+
+
+class TestCost:
+    def decode(self, net, cache, mode):
+        with torch.no_grad(), mode:
+            net.base(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        return mode
+
+    def test_merged_decoding_touches_no_adapter_and_no_skipped_attention(self):
+        net = trained(make_llava(), (0, 2))
+        cache = net.prefill(**prompt()).past_key_values
+        attention = {site.layer: net.base.get_submodule(site.path) for site in find_sites(net)}
+        norms = [layer.post_attention_layernorm for layer in net.base.model.language_model.layers]
+        seen = self.decode(net, copy.deepcopy(cache), Touched())  # control: unmerged reads adapters
+        assert all(seen.any_of(pia) for pia in net.active_adapters().values())
+        assert [seen.any_of(attention[i]) for i in range(LAYERS)] == [False, True, False, True, True]
+        with merged(net, cache):
+            seen = self.decode(net, cache, Touched())
+            assert not seen.any_of(net.adapters)
+            assert [seen.any_of(attention[i].o_proj) for i in range(LAYERS)] == [False, True, False, True, True]
+            assert not any(seen.any_of(attention[i]) for i in (0, 2))
+            assert [seen.any_of(norm) for norm in norms] == [False, True, False, True, True]
+            assert not any(layer._forward_pre_hooks for layer in net.base.model.language_model.layers)
+
+    def test_merged_decoding_costs_the_dense_model_less_the_skipped_attentions(self):
+        inputs, mask = prompt(False), (0, 2)
+        model = make_llama()
+        model.set_attn_implementation("eager")  # whose products the counter sees
+        with torch.no_grad():
+            dense_cache = model(**inputs, use_cache=True).past_key_values
+            with FlopCounterMode(display=False) as dense:
+                model(input_ids=torch.tensor([[5]]), past_key_values=dense_cache)
+        net = trained(model, mask, images=False)
+        cache = net.prefill(**inputs).past_key_values
+        unmerged = self.decode(net, copy.deepcopy(cache), FlopCounterMode(display=False)).get_total_flops()
+        with merged(net, cache):
+            seen = self.decode(net, cache, FlopCounterMode(display=False)).get_total_flops()
+        heads, kv_heads, size, length = 2, 1, 14, inputs["input_ids"].shape[1] + 1
+        attention = 2 * WIDTH * size * (2 * heads + 2 * kv_heads) + 2 * 2 * heads * size * length
+        assert seen == dense.get_total_flops() - len(mask) * attention
+        assert unmerged > seen
+
+    def test_skipped_layers_keep_no_keys_or_values(self):
+        net = trained(make_llava(), (0, 2))
+        out = net.generate(**prompt(), merge=True, max_new_tokens=4, return_dict_in_generate=True)
+        assert [entry.keys is None for entry in out.past_key_values.layers] == [True, False, True, False, False]
+
+    def test_prefill_runs_once(self):
+        net, lengths = trained(make_llava(), (0, 2)), []
+        inputs = prompt()
+        net.base.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        greedy(net, inputs, merge=True)
+        assert lengths == [inputs["input_ids"].shape[1]] + [1] * 7
+
+
+class TestRefused:
+    def test_several_prompts(self):
+        net, prompts = make_net((0, 2)), make_prompts()
+        with pytest.raises(MergeError, match="for one prompt, but the inputs hold 3; generate them one by one"):
+            net.generate(**prompts, merge=True)
+        with (
+            pytest.raises(MergeError, match="the cache holds 3 different prompts; a merge is for one"),
+            merged(net, net.prefill(**prompts).past_key_values),
+        ):
+            pass
+        assert not net.is_merged
+
+    def test_stale_merge(self):
+        """A forward of another prompt with merged weights would be silently wrong."""
+        net, inputs, other = make_net((0, 2)), prompt(), make_prompts((5,), (False,), seed=2)
+        cache = net.prefill(**inputs).past_key_values
+        step = {"input_ids": torch.tensor([[5]])}
+        with merged(net, cache):
+            for stale in (
+                lambda: net(**other),
+                lambda: net(**make_batch()),
+                lambda: net(**step, past_key_values=copy.deepcopy(cache)),
+                lambda: net.base(**other),
+            ):
+                with pytest.raises(MergeError, match="merged for one prompt and its KV cache, and this forward is for"):
+                    stale()
+            net(**step, past_key_values=cache)  # its own prompt goes on
+            cache.reset()
+            with pytest.raises(MergeError, match="merged for one prompt"):
+                net(**other, past_key_values=cache)
+
+    def test_twice_and_in_the_wrong_order(self, tmp_path):
+        net, inputs = make_net((0, 2)), prompt()
+        cache, other = net.prefill(**inputs).past_key_values, net.prefill(**inputs).past_key_values
+        with merged(net, cache):
+            for action in (
+                lambda: net._start_merge(cache),
+                lambda: merged(net, other).__enter__(),
+                lambda: net.generate(**inputs, merge=True),
+                lambda: net.generate(**inputs),
+                lambda: check_merge(net, inputs),
+                lambda: setattr(net, "mask", (1,)),
+                lambda: net.detach(),
+                lambda: net.save_pretrained(tmp_path / "x"),
+            ):
+                with pytest.raises(MergeError, match=r"leave the block of merged\(net, cache\) first"):
+                    action()
+            assert net.is_merged
+            merged_once = torch.stack(net.base.get_submodule("model.language_model.layers.0.mlp.up_proj").folded[:1])
+        net._end_merge()  # ending twice is harmless
+        with merged(net, cache):  # merging again, once left, gives the same weights
+            again = torch.stack(net.base.get_submodule("model.language_model.layers.0.mlp.up_proj").folded[:1])
+        assert torch.equal(merged_once, again)
+
+    def test_a_cache_without_its_prompt(self):
+        net, inputs = make_net((0, 2)), prompt()
+        cache = net.prefill(**inputs).past_key_values
+        net.mask = (0, 1)
+        with pytest.raises(MergeError, match="the cache knows no prompt for site 1; prefill with this net and mask"):
+            merged(net, cache).__enter__()
+        with pytest.raises(MergeError, match="merge=True needs the KV cache"):
+            net.generate(**inputs, merge=True, use_cache=False)
+        with pytest.raises(MergeError, match="wanted max_new_tokens of 2 or more"):
+            check_merge(net, inputs, max_new_tokens=1)
+
+    def test_linears_that_are_not_plain(self):
+        class Quantised(nn.Linear):
+            pass
+
+        def change(model, name, module):
+            model.model.layers[2].mlp._modules[name] = module
+            return make_net((0, 2), model=model)
+
+        meta, whole = nn.Linear(WIDTH, 53, bias=False, device="meta"), nn.Linear(WIDTH, 53, bias=False)
+        whole.weight = nn.Parameter(torch.zeros(53, WIDTH, dtype=torch.int8), requires_grad=False)
+        for module, message in (
+            (
+                Quantised(WIDTH, 53, bias=False),
+                "up_proj is a Quantised, not a plain nn.Linear.*load the model unquantised",
+            ),
+            (meta, "on the meta device"),
+            (whole, r"LlamaMLP.up_proj.weight \(torch.int8\)"),
+        ):
+            model = make_llama()
+            net = change(model, "up_proj", model.model.layers[2].mlp.up_proj)
+            cache = net.prefill(**prompt(False)).past_key_values
+            model.model.layers[2].mlp.up_proj = module
+            before = snapshot(model)["modules"]
+            with pytest.raises(MergeError, match=r"cannot merge site 2 \(model.layers.2\).*" + message):
+                merged(net, cache).__enter__()
+            assert snapshot(model)["modules"] == before
+            assert not net.is_merged
+
+    def test_skipped_feed_forwards(self):
+        net, inputs = make_net((0, LAYERS + 1), kinds=("mha", "ffn")), prompt()
+        with pytest.raises(MergeError, match=r"site 6 \(model.language_model.layers.1.mlp\) is a skipped feed-forward"):
+            net.generate(**inputs, merge=True)
+        net.mask = (0, 2)
+        assert check_merge(net, inputs)
+
+
+class TestRestored:
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_bit_for_bit(self, mask):
+        net, inputs = make_net(mask), prompt()
+        expected = greedy(net, inputs)  # transformers notes some things on the model here, once
+        before = snapshot(net)
+        out = greedy(net, inputs, merge=True)
+        assert snapshot_without_new_hooks(net) == without_hooks(before)
+        assert torch.equal(expected, out)
+        check_merge(net, inputs, max_new_tokens=2)
+        assert snapshot_without_new_hooks(net) == without_hooks(before)
+
+    def test_after_an_exception(self):
+        class Fails:
+            def __init__(self, after):
+                self.after = after
+
+            def put(self, value):
+                self.after -= 1
+                if self.after < 0:
+                    raise KeyError("stop")
+
+            def end(self):
+                pass
+
+        net, inputs = make_net((0, 2)), prompt()
+        expected = greedy(net, inputs)
+        before = snapshot(net)
+        for after in (0, 1, 3):
+            with pytest.raises(KeyError, match="stop"):
+                greedy(net, inputs, merge=True, streamer=Fails(after))
+            assert snapshot_without_new_hooks(net) == without_hooks(before)
+            assert torch.equal(greedy(net, inputs), expected)
+        cache = net.prefill(**inputs).past_key_values
+        with pytest.raises(KeyError), merged(net, cache):
+            raise KeyError
+        assert torch.equal(greedy(net, inputs), expected)
+
+    def test_weights_on_show_stay_the_originals(self):
+        """Inside the block, too: folded weights are no parameters, so saving or counting sees the base model."""
+        net, inputs = make_net((0, 2)), prompt()
+        before = snapshot(net)
+        with merged(net, net.prefill(**inputs).past_key_values):
+            inside = snapshot(net)
+            assert isinstance(net.base.get_submodule("model.language_model.layers.0.mlp.up_proj"), MergedLinear)
+        assert inside["values"] == before["values"]
+        assert inside["parameters"] == before["parameters"]
+
+    def test_mode_is_restored(self):
+        net = make_net((0, 2)).train()
+        check_merge(net, prompt(), max_new_tokens=2)
+        assert net.training
+        assert all(module.training for module in net.modules())
+
+
+def without_hooks(state):
+    """Hooks are set anew after a merge, with new numbers: how many there are must be the same."""
+    return state | {"hooks": [[len(kind) for kind in hooks] for hooks in state["hooks"]]}
+
+
+def snapshot_without_new_hooks(net):
+    return without_hooks(snapshot(net))
+
+
+def test_proof_reads_well():
+    proof = check_merge(make_net((0, 2)), prompt(), max_new_tokens=4)
+    assert str(proof).startswith("merged = unmerged: mask [0, 2], 13 linears folded, 4 tokens identical, largest logit")
+    assert "<table>" in proof._repr_html_()
+    assert "merged = unmerged" in proof._repr_html_()
+    from dataclasses import replace
+
+    worse = replace(proof, max_rel_diff=1e-3)
+    assert not worse
+    assert str(worse).startswith("MERGED DIFFERS")
+    assert not replace(proof, same_tokens=False)
