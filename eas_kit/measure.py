@@ -1,4 +1,4 @@
-"""Everything that is measured, under one name: `eas_kit.measure.parameters(net)`, `.flops(...)`, `.latency(...)`, ..."""
+"""Everything that is measured under one name: eas_kit.measure.parameters(net), .flops(...), .latency(...), and more."""
 
 from __future__ import annotations
 
