@@ -223,8 +223,8 @@ class SearchConfig(LoopConfig):
     """Updates of the preferences."""
     train_steps_per_update: int = 10
     """Training steps before each update, with masks drawn by the preferences."""
-    preference_lr: float = 1.0
-    """beta of eq. 16."""
+    preference_lr: float | None = None
+    """beta of eq. 16; None: 5 for the reward "exp", 1 for "standardized", whose rewards differ by much more."""
     reward: str = "exp"
     """"exp": the paper's exp(-loss). "standardized": over the H subnetworks, for losses far above 1."""
     candidates: str | tuple[int, ...] | None = None
@@ -239,8 +239,10 @@ class SearchConfig(LoopConfig):
             self._check(is_int(getattr(self, name), 1), name, "a whole number from 1 up")
         self._check(is_int(self.num_subnetworks, 2), "num_subnetworks", "a whole number from 2 up")
         self._check(is_int(self.warmup_steps, 0), "warmup_steps", "a whole number from 0 up")
-        self._check(is_number(self.preference_lr) and self.preference_lr > 0, "preference_lr", "a number above 0")
         self._check(self.reward in REWARDS, "reward", f"one of {REWARDS}")
+        if self.preference_lr is None:
+            self.preference_lr = 5.0 if self.reward == "exp" else 1.0
+        self._check(is_number(self.preference_lr) and self.preference_lr > 0, "preference_lr", "a number above 0")
         if isinstance(self.candidates, str):
             self._check(self.candidates in KINDS, "candidates", f"one of {KINDS}, a list of sites, or None")
         elif self.candidates is not None:

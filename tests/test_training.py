@@ -464,3 +464,4 @@ def test_settings_are_saved_as_json(tmp_path):
     assert made.candidates == (1, 3)
     assert made.total_steps == 11
     assert config.REWARDS == bandit.REWARDS
+    assert (eas.SearchConfig().preference_lr, eas.SearchConfig(reward="standardized").preference_lr) == (5.0, 1.0)
