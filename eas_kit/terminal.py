@@ -25,8 +25,8 @@ class ProgressLine:
         if not (new_cell or self._live or time.monotonic() - self._said > 60):
             return
         self._said = time.monotonic()
-        text = f"      {clock(progress.seconds)}  cell {progress.cell:>2}/{progress.cells}  "
-        text += f"{progress.peak_mb:>5.0f} MB  {progress.heading[:60]}"
+        where = f"cell {progress.cell:>2}/{progress.cells}  {progress.peak_mb:>5.0f} MB  {progress.heading[:60]}"
+        text = f"      {clock(progress.seconds)}  {where if progress.cell else 'starting'}"
         print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live else "\n", file=self._stream, flush=True)
 
     def end(self) -> None:
