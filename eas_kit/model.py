@@ -170,8 +170,8 @@ class EASModel(nn.Module):
         mode without labels all attended positions are prompt: right for a prefill, wrong for scoring an answer.
         """
         self._check_usable("call net(...)", merged=False)
-        if self.training:
-            kwargs.setdefault("use_cache", False)
+        if self.training or kwargs.get("labels") is not None:
+            kwargs.setdefault("use_cache", False)  # nobody decodes after a loss
         before, self._explicit = self._explicit, prompt_mask
         try:
             return self.base(*args, **kwargs)
@@ -239,7 +239,8 @@ class EASModel(nn.Module):
 
         With `merge=True` (one prompt only) the adapters are folded into the weights after prefill, the rest is
         decoded at the cost of the plain, smaller model, and the weights are restored bit for bit, also after an
-        exception. Raises MergeError where that is not possible and PromptError where the prompt is not known.
+        exception. Raises MergeError where that is not possible and PromptError where the prompt is not known. Call
+        this and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
         """
         self._check_usable("call net.generate")
         if inputs is not None:

@@ -8,7 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 import toys
+
+torch.set_num_threads(1)  # much the fastest for models this small, the more so on a busy machine
 
 
 @pytest.fixture

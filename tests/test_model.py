@@ -318,10 +318,13 @@ class TestTraining:
         assert net.training
         assert all(torch.equal(p, frozen[name]) for name, p in net.base.named_parameters())
 
-    def test_no_cache_is_kept_in_training(self, make_batch):
+    def test_no_cache_is_kept_where_there_is_a_loss(self, make_batch):
         net, batch = make_net(), make_batch()
         assert net.train()(**batch).past_key_values is None
-        assert isinstance(net.eval()(**batch).past_key_values, DynamicCache)
+        assert net.eval()(**batch).past_key_values is None
+        assert isinstance(net(**batch, use_cache=True).past_key_values, DynamicCache)
+        del batch["labels"]
+        assert isinstance(net(**batch).past_key_values, DynamicCache)
 
     def test_data_parallel(self, make_batch, tmp_path):
         net, batch = make_net((0, 2), dropout=0.0).train(), make_batch()

@@ -139,8 +139,10 @@ class TestGenerate:
     }
 
     @pytest.mark.parametrize("name", OPTIONS)
-    def test_cached_is_uncached(self, make_prompts, name):
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    def test_cached_is_uncached(self, make_prompts, name, implementation):
         net, prompts = make_net((0, 2, LAYERS + 1), kinds=("mha", "ffn")), make_prompts()
+        net.base.set_attn_implementation(implementation)
         seen = []
         for use_cache in (True, False):
             torch.manual_seed(5)
