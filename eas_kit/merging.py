@@ -30,7 +30,8 @@ from .slots import StandIn, place, restore
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from .model import EASModel, Seat
+    from .model import EASModel
+    from .seats import Seat
 
 # how far merged logits may be off, as a share of the logits' scale: rounding of W' in that dtype
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -79,7 +80,7 @@ def merge_targets(net: EASModel, seat: Seat) -> tuple[nn.Module, tuple[str, ...]
     """The module whose linears take in this layer's adapter, the linears' names, and the gain in between if any."""
     site = seat.sites["mha"]
     names, gain = site.names, None
-    if seat.adapter[0] == "skip":
+    if seat.role == "skip":
         parent, table = getattr(seat.layer, names.ffn), FFN_READERS
         if net.config.source == "attention_norm":
             gain = getattr(seat.layer, names.norm_ffn).gain()
@@ -101,7 +102,7 @@ class Merge:
         for seat in net._seats:  # everything is calculated, and may fail, before anything is swapped
             planned += self._plan(net, seat)
         self.skipped = [
-            getattr(seat.layer, slot) for seat in net._seats if seat.adapter for slot in seat.placed
+            getattr(seat.layer, slot) for seat in net._seats if seat.role for slot in seat.placed
         ]  # SkippedAttention and SkippedNorm
         for parent, name, linear in planned:
             place(parent, name, linear)
@@ -116,9 +117,9 @@ class Merge:
                 f"cannot merge: site {ffn.index} ({ffn.path}) is a skipped feed-forward, which leaves no linear to fold"
                 " its adapter into; mask attentions only, or run unmerged"
             )
-        if seat.adapter is None:
+        if seat.role is None:
             return []
-        role, pia = seat.adapter
+        role, pia = seat.role, seat.pia
         site = seat.sites["mha"]
         if not has_route(self.cache, seat.layer_idx) or role not in self.cache.layers[seat.layer_idx].routes:
             raise MergeError(
@@ -267,5 +268,5 @@ def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16)
         tolerance=TOLERANCE.get(dtype, 1e-1),
         steps=len(tokens),
         mask=net.mask,
-        folded=sum(len(names) for _, names, _ in (merge_targets(net, seat) for seat in net._seats if seat.adapter)),
+        folded=sum(len(names) for _, names, _ in (merge_targets(net, seat) for seat in net._seats if seat.role)),
     )

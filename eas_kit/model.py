@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .config import EASConfig
-from .errors import ConfigError, EASError, MergeError, PromptError, UnsupportedModelError
+from .errors import ConfigError, EASError, MergeError, PromptError
 from .masks import check_mask
 from .merging import Merge, merged
 from .pia import PIA
-from .prompt import check_prompt, forward_prompt, generate_prompt, has_route, renew
+from .prompt import check_explicit, forward_prompt, generate_prompt, has_route, read_given, renew
 from .saving import load_adapters, save_adapters
-from .sites import Site, find_sites
-from .slots import BeforeAttention, Desk, SkippedAttention, SkippedFeedForward, SkippedNorm, place, restore
+from .seats import make_adapters, make_seats
+from .sites import find_sites
 
 __all__ = ["EASModel", "attach", "detach", "load"]
-
-
-@dataclass
-class Seat:
-    """One decoder layer and what the mask has put into it."""
-
-    layer: nn.Module
-    layer_idx: int
-    desk: Desk = field(default_factory=Desk)
-    sites: dict[str, Site] = field(default_factory=dict)  # kind to site
-    placed: list[str] = field(default_factory=list)  # slots that hold a stand-in
-    handles: list[Any] = field(default_factory=list)
-    adapter: tuple[str, PIA] | None = None  # ("skip" or "keep", the adapter at work at the attention)
-
-    @property
-    def active(self) -> bool:
-        """True if an adapter of this layer reads the prompt."""
-        return bool(self.handles)
 
 
 class EASModel(nn.Module):
@@ -63,17 +44,13 @@ class EASModel(nn.Module):
             raise ConfigError("this model carries eas_kit adapters already; eas_kit.detach(net) it first")
         sites = find_sites(base, config.kinds)
         self.config, self.sites, self.num_sites = config, sites, len(sites)
-        self.adapters = _make_adapters(base, sites, config)
+        self.adapters = make_adapters(base, sites, config)
         self.base = base
         self.training = base.training
         self._unfrozen = [p for p in base.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
-        seats: dict[int, Seat] = {}
-        for site in sites:
-            layer = base.get_submodule(site.layer_path)
-            seats.setdefault(site.layer, Seat(layer, site.layer_idx)).sites[site.kind] = site
-        self._seats = list(seats.values())
+        self._seats = make_seats(base, sites)
         self._mask: tuple[int, ...] = ()
         self._merge: Merge | None = None
         self._prompt: Tensor | None = None  # (B, S) bool during a prefill or training forward
@@ -111,54 +88,8 @@ class EASModel(nn.Module):
         self._fill_seats()
 
     def _fill_seats(self) -> None:
-        self._clear_seats()
         for seat in self._seats:
-            self._fill(seat)
-
-    def _fill(self, seat: Seat) -> None:
-        layer, desk, adapter_at = seat.layer, seat.desk, self.adapters
-        mha, ffn = seat.sites.get("mha"), seat.sites.get("ffn")
-        names = (mha or ffn).names
-        if mha and mha.index in self._mask:
-            pia, source = adapter_at[str(mha.index)]["skip"], self.config.source
-            attention, norm = getattr(layer, names.attention), getattr(layer, names.norm_ffn)
-            self._place(seat, names.attention, SkippedAttention(attention, seat.layer_idx, pia, desk, source))
-            self._place(seat, names.norm_ffn, SkippedNorm(norm, mha.gain_offset, pia, desk, source))
-            seat.adapter = ("skip", pia)
-        elif mha and self.config.adapt_rank:
-            seat.adapter = ("keep", adapter_at[str(mha.index)]["keep"])
-        if ffn and ffn.index in self._mask:
-            feed_forward = SkippedFeedForward(getattr(layer, names.ffn), adapter_at[str(ffn.index)]["skip"], desk)
-            self._place(seat, names.ffn, feed_forward)
-        if seat.adapter or names.ffn in seat.placed:
-            self._hook(seat)
-
-    def _place(self, seat: Seat, slot: str, stand_in: Any) -> None:
-        place(seat.layer, slot, stand_in)
-        seat.placed.append(slot)
-
-    def _hook(self, seat: Seat) -> None:
-        """Deliver the prompt mask to this layer's attention, as a keyword: gradient checkpointing keeps it."""
-        seat.handles.append(seat.layer.register_forward_pre_hook(self._at_layer, with_kwargs=True))
-        name = next(iter(seat.sites.values())).names.attention
-        if name not in seat.placed:
-            pia = seat.adapter[1] if seat.adapter else None
-            hook = BeforeAttention(seat.layer_idx, pia, seat.desk)
-            seat.handles.append(getattr(seat.layer, name).register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _unhook(self, seat: Seat) -> None:
-        for handle in seat.handles:
-            handle.remove()
-        seat.handles.clear()
-
-    def _clear_seats(self) -> None:
-        for seat in self._seats:
-            self._unhook(seat)
-            for slot in reversed(seat.placed):
-                restore(seat.layer, slot)
-            seat.placed.clear()
-            seat.desk.clear()
-            seat.adapter = None
+            seat.fill(self._mask, self.adapters, self.config, self._at_layer)
 
     # ---------------------------------------------------------------------------------------- one forward pass
 
@@ -209,20 +140,12 @@ class EASModel(nn.Module):
                     f"past_key_values holds {int(past)} positions but nothing of their prompt for these adapters; it"
                     " was filled without them or under another mask: prefill the whole prompt with net and a new cache"
                 )
-            renew(cache, frozenset(s.layer_idx for s in self._seats if not s.adapter or s.adapter[0] != "skip"))
+            renew(cache, frozenset(seat.layer_idx for seat in self._seats if seat.role != "skip"))
         if self._explicit is not None:
-            return self._checked_explicit(values)
+            return check_explicit(self._explicit, values)
         if self._given is not None:
             return generate_prompt(self._given, values)
         return forward_prompt(values, training=self.base.training)
-
-    def _checked_explicit(self, values: dict[str, Any]) -> Tensor:
-        tokens = values.get("input_ids") if values.get("input_ids") is not None else values["inputs_embeds"]
-        if self._explicit.shape != tokens.shape[:2]:
-            raise PromptError(
-                f"prompt_mask: wanted (B, S) = {tuple(tokens.shape[:2])}, got {tuple(self._explicit.shape)}"
-            )
-        return check_prompt(self._explicit.bool())
 
     def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if not self._inside:
@@ -245,7 +168,7 @@ class EASModel(nn.Module):
         self._check_usable("call net.generate")
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        given = self._prompt_of_generate(kwargs)
+        given = read_given(kwargs, self.base.generation_config)
         if merge:
             self._check_mergeable(given, kwargs)
         before, self._given = self._given, given
@@ -276,33 +199,6 @@ class EASModel(nn.Module):
         with torch.no_grad():
             return self(**inputs, use_cache=True, logits_to_keep=1)
 
-    def _prompt_of_generate(self, kwargs: dict[str, Any]) -> Tensor:
-        """(b, P) bool mask of the prompts given to generate; writes an inferred attention_mask into kwargs."""
-        if kwargs.pop("labels", None) is not None:
-            raise PromptError(
-                "generate takes prompts, but this batch has labels, so its input_ids hold the answers too;"
-                " collate it with answers=False"
-            )
-        config = kwargs.get("generation_config") or self.base.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-            raise PromptError(
-                "prefill_chunk_size splits the prompt, but every position of a skipped layer depends on the mean of the"
-                " whole prompt; leave it out"
-            )
-        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            raise PromptError("generate: wanted input_ids or inputs_embeds, got neither")
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-            pad, end = kwargs.get("pad_token_id", config.pad_token_id), kwargs.get("eos_token_id", config.eos_token_id)
-            if pad is not None and tokens.dim() == 2 and pad not in (end if isinstance(end, list) else [end]):
-                mask = tokens.ne(pad).long()  # what transformers infers as well
-            kwargs["attention_mask"] = mask
-        if mask.dim() != 2:
-            raise PromptError(f"generate: wanted a 2D attention_mask (B, S), got {tuple(mask.shape)}")
-        return check_prompt(mask.bool())
-
     # --------------------------------------------------------------------------------------- merge, life cycle
 
     def _check_mergeable(self, given: Tensor, kwargs: dict[str, Any]) -> None:
@@ -319,15 +215,14 @@ class EASModel(nn.Module):
         self._check_usable("merge")
         self._merge = Merge(self, cache)
         for seat in self._seats:  # nothing is left for the hooks to do, and a decoding step is faster without
-            self._unhook(seat)
+            seat.unhook()
 
     def _end_merge(self) -> None:
         if self._merge is not None:
             self._merge.undo()
             self._merge = None
             for seat in self._seats:
-                if seat.adapter:
-                    self._hook(seat)
+                seat.hook(self._at_layer)
 
     def _check_usable(self, action: str, *, merged: bool = True) -> None:
         if self._detached:
@@ -393,7 +288,8 @@ class EASModel(nn.Module):
         self._check_usable("detach")
         if self._checkpointing:
             self.gradient_checkpointing_disable()
-        self._clear_seats()
+        for seat in self._seats:
+            seat.clear()
         for handle in self._top_handles:
             handle.remove()
         for parameter in self._unfrozen:
@@ -403,32 +299,6 @@ class EASModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mask={list(self._mask)}, num_sites={self.num_sites}"
-
-
-def _make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.ModuleDict:
-    shape = {
-        "groups": config.groups,
-        "scale": config.scale,
-        "temperature": config.temperature,
-        "dropout": config.dropout,
-    }
-    adapters = nn.ModuleDict()
-    for site in sites:
-        if site.hidden_size % config.groups:
-            raise ConfigError(f"EASConfig.groups={config.groups} must divide the model's width {site.hidden_size}")
-        if site.kind == "mha" and site.gain_offset is None and config.source == "attention_norm":
-            raise UnsupportedModelError(
-                f"{site.layer_path}.{site.names.norm_ffn} is more than a gain, so PIA(LN1(x)) cannot take its place"
-                ' exactly; use EASConfig(source="ffn_norm")'
-            )
-        roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
-        if site.kind == "mha" and config.adapt_rank:
-            roles["keep"] = PIA(site.hidden_size, config.adapt_rank, **shape, paths=1)
-        weight = next(base.get_submodule(site.layer_path).parameters())
-        # half precision is too coarse for the small steps of an optimiser: train in float32, cast after if wanted
-        wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-        adapters[str(site.index)] = roles.to(device=weight.device, dtype=wide)
-    return adapters.train(base.training)
 
 
 def is_attached(base: nn.Module) -> bool:

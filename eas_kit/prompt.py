@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache, DummyLayer
 from .errors import PromptError
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from .pia import Route
 
 IGNORE = -100  # transformers' label of a position without loss
@@ -185,6 +187,45 @@ def generate_prompt(given: Tensor, kwargs: dict[str, Any]) -> Tensor:
     if rows != B:
         mask = mask.repeat_interleave(B // rows, dim=0)
     return torch.nn.functional.pad(mask, (0, S - length), value=False)
+
+
+def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
+    """(b, P) bool mask of the prompts given to generate; writes an inferred attention_mask into kwargs.
+
+    Raises PromptError for labels, for a prefill in chunks, and where there is nothing to read.
+    """
+    if kwargs.pop("labels", None) is not None:
+        raise PromptError(
+            "generate takes prompts, but this batch has labels, so its input_ids hold the answers too;"
+            " collate it with answers=False"
+        )
+    config = kwargs.get("generation_config") or default
+    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+        raise PromptError(
+            "prefill_chunk_size splits the prompt, but every position of a skipped layer depends on the mean of the"
+            " whole prompt; leave it out"
+        )
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        raise PromptError("generate: wanted input_ids or inputs_embeds, got neither")
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        pad, end = kwargs.get("pad_token_id", config.pad_token_id), kwargs.get("eos_token_id", config.eos_token_id)
+        if pad is not None and tokens.dim() == 2 and pad not in (end if isinstance(end, list) else [end]):
+            mask = tokens.ne(pad).long()  # what transformers infers as well
+        kwargs["attention_mask"] = mask
+    if mask.dim() != 2:
+        raise PromptError(f"generate: wanted a 2D attention_mask (B, S), got {tuple(mask.shape)}")
+    return check_prompt(mask.bool())
+
+
+def check_explicit(mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """A prompt_mask passed to a forward, if it has the shape of the tokens."""
+    B, S, _ = batch_shape(kwargs)
+    if mask.shape != (B, S):
+        raise PromptError(f"prompt_mask: wanted (B, S) = {(B, S)}, got {tuple(mask.shape)}")
+    return check_prompt(mask.bool())
 
 
 def check_prompt(mask: Tensor) -> Tensor:
