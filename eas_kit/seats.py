@@ -103,7 +103,13 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
         roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
         if site.kind == "mha" and config.adapt_rank:
             roles["keep"] = PIA(site.hidden_size, config.adapt_rank, **shape, paths=1)
-        weight = next(base.get_submodule(site.layer_path).parameters())
+        layer = base.get_submodule(site.layer_path)
+        weight = next(layer.parameters())
+        if weight.is_meta and any(hasattr(module, "_hf_hook") for module in layer.modules()):
+            raise UnsupportedModelError(
+                f"{site.layer_path} is offloaded to CPU or disk (its weights are on the meta device between calls), where"
+                " its norm cannot be read; load the model without offloading, e.g. in 4 bits or on more devices"
+            )
         # half precision is too coarse for the small steps of an optimiser: train in float32, cast after if wanted
         wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         adapters[str(site.index)] = roles.to(device=weight.device, dtype=wide)

@@ -168,7 +168,7 @@ def readers(module: nn.Module, table: tuple[tuple[str, ...], ...]) -> tuple[str,
         linear = getattr(module, name)
         if type(linear) is not nn.Linear:
             raise UnsupportedModelError(
-                f"{kind}.{name} is a {type(linear).__name__}, not a plain nn.Linear; merge needs plain weights:"
+                f"{kind}.{name} is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear; merge needs plain weights:"
                 " load the model unquantised, unload other adapters, or run unmerged"
             )
         weight = linear.weight

@@ -328,7 +328,7 @@ class TestRefused:
         for module, message in (
             (
                 Quantised(WIDTH, 53, bias=False),
-                "up_proj is a Quantised, not a plain nn.Linear.*load the model unquantised",
+                "up_proj is a .*Quantised, not a plain nn.Linear.*load the model unquantised",
             ),
             (meta, "on the meta device"),
             (whole, r"LlamaMLP.up_proj.weight \(torch.int8\)"),
