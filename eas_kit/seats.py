@@ -107,8 +107,8 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
         weight = next(layer.parameters())
         if weight.is_meta and any(hasattr(module, "_hf_hook") for module in layer.modules()):
             raise UnsupportedModelError(
-                f"{site.layer_path} is offloaded to CPU or disk (its weights are on the meta device between calls), where"
-                " its norm cannot be read; load the model without offloading, e.g. in 4 bits or on more devices"
+                f"{site.layer_path} is offloaded to CPU or disk (its weights are on the meta device between calls), so"
+                " that its norm cannot be read; load the model without offloading, e.g. in 4 bits or on more devices"
             )
         # half precision is too coarse for the small steps of an optimiser: train in float32, cast after if wanted
         wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32

@@ -167,9 +167,10 @@ def readers(module: nn.Module, table: tuple[tuple[str, ...], ...]) -> tuple[str,
     for name in names:
         linear = getattr(module, name)
         if type(linear) is not nn.Linear:
+            found = f"{type(linear).__module__}.{type(linear).__name__}"
             raise UnsupportedModelError(
-                f"{kind}.{name} is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear; merge needs plain weights:"
-                " load the model unquantised, unload other adapters, or run unmerged"
+                f"{kind}.{name} is a {found}, not a plain nn.Linear; merge needs plain weights: load the model"
+                " unquantised, unload other adapters, or run unmerged"
             )
         weight = linear.weight
         if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not torch.Tensor:

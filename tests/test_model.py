@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_prompt import CLOSE, MASKS, make_net
 from torch import nn
-from toys import LAYERS, WIDTH, make_llama, make_llava, snapshot, stir
-from transformers import DynamicCache
+from toys import LAYERS, WIDTH, make_llama, make_llava, snapshot, stir, text_config
+from transformers import DynamicCache, LlamaForCausalLM
 
 from eas_kit.config import EASConfig
 from eas_kit.errors import ConfigError, EASError, PromptError, UnsupportedModelError
@@ -241,6 +241,16 @@ class TestAttachDetach:
             attach(model)
         net = make_net((0, 2), model=model, source="ffn_norm")
         assert net(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+    def test_on_the_meta_device(self):
+        """Where operations are counted without any weights."""
+        with torch.device("meta"):
+            model = LlamaForCausalLM(text_config()).eval()
+            ids = torch.ones(2, 7, dtype=torch.long)
+        net = attach(model, EASConfig(skip_rank=6, adapt_rank=4))
+        net.mask = (0, 2)
+        assert net.device.type == "meta"
+        assert net(input_ids=ids, use_cache=False).logits.shape == (2, 7, 97)
 
     def test_under_the_hooks_of_accelerate(self, make_prompts):
         """A device map puts a forward of its own on every module; slots are swapped all the same."""
