@@ -18,6 +18,7 @@ Shapes: B batch, S sequence, d model width, r rank. This module imports nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ class PIA(nn.Module):
     def route(self, prompt_mean: Tensor) -> Route:
         """Read the prompt once: router weights and pooled feature from m (B, d), in at least float32 (eq. 5)."""
         wide = torch.promote_types(prompt_mean.dtype, torch.float32)
-        with torch.autocast(device_type=prompt_mean.device.type, enabled=False):
+        device = prompt_mean.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             m = prompt_mean.to(wide)
             logits = F.linear(m, self.router.weight.to(wide), self.router.bias.to(wide))
             pooled = None

@@ -245,12 +245,12 @@ class TestAttachDetach:
     def test_on_the_meta_device(self):
         """Where operations are counted without any weights."""
         with torch.device("meta"):
-            model = LlamaForCausalLM(text_config()).eval()
+            model = LlamaForCausalLM(text_config(attn_implementation="eager")).eval()
             ids = torch.ones(2, 7, dtype=torch.long)
         net = attach(model, EASConfig(skip_rank=6, adapt_rank=4))
         net.mask = (0, 2)
         assert net.device.type == "meta"
-        assert net(input_ids=ids, use_cache=False).logits.shape == (2, 7, 97)
+        assert net(input_ids=ids, attention_mask=ids, use_cache=False).logits.shape == (2, 7, 97)
 
     def test_under_the_hooks_of_accelerate(self, make_prompts):
         """A device map puts a forward of its own on every module; slots are swapped all the same."""
