@@ -260,6 +260,11 @@ class Task:
             "column_counts": {c: len(v) for c, v in sorted(columns.items())},
         }
 
+    def answers(self, model, examples: Sequence[Example]) -> list[str | None]:
+        """The model's own words on one batch of examples, greedily written and parsed."""
+        with evaluating(model):
+            return self._generated(model, examples)
+
     def _generated(self, model, examples: Sequence[Example]) -> list[str | None]:
         device = next(model.parameters()).device
         inputs = self.collate(examples, answers=False).to(device)
