@@ -22,13 +22,18 @@ _HOME = {
     "check_merge": "merging",
     "describe": "sites",
     "detach": "model",
+    "find_sites": "sites",
     "fit": "training",
     "load": "model",
+    "load_mask": "masks",
     "load_model": "models",
     "load_task": "tasks",
     "measure": None,  # a module
+    "merged": "merging",
     "probe_redundancy": "probe",
+    "save_mask": "masks",
     "search": "training",
+    "skipping": "slots",
     "update_preferences": "bandit",
 }
 
