@@ -37,6 +37,10 @@ demo: $(BASE_STAMP)  ## install into .venv, run every notebook, leave runs/demo/
 resume: $(BASE_STAMP)  ## go on with a demo that was stopped
 	$(BIN)/eas-kit run --out runs/$(NAME) --resume $(RUN_ARGS)
 
+# Tests are many small models: a second thread gains nothing, and on a machine that does something else as well the
+# threads wait for each other.
+test test-browser test-all: export OMP_NUM_THREADS ?= 1
+
 test: $(TEST_STAMP)  ## unit tests, conformance tests and every notebook with small parameters
 	$(BIN)/python -m pytest -m "not browser and not gpu" $(PYTEST_ARGS)
 
