@@ -144,9 +144,12 @@ def _card(entry: Mapping[str, Any], results: Mapping[str, Any] | None, figures: 
     if results:
         summary = results.get("summary") or []
         parts += [f"<p>{html.escape(line)}</p>" for line in ([summary] if isinstance(summary, str) else summary)]
-        parts.append(render_metrics(results["metrics"]))
     pictures = "".join(f"<img src='data:image/png;base64,{png}' alt='figure'>" for png in figures[:MAX_FIGURES])
     parts.append(f"<div class=figures>{pictures}</div>" if pictures else "")
+    if results:
+        numbers = render_metrics(results["metrics"])
+        is_open = " open" if numbers.count("<tr>") < 25 else ""
+        parts.append(f"<details{is_open}><summary>numbers</summary>{numbers}</details>")
     if results:
         used = {**results["parameters"], "seed": results["seed"], "device": results["device"]}
         parts.append(f"<details><summary>parameters</summary>{_pairs(used)}</details>")
@@ -154,10 +157,10 @@ def _card(entry: Mapping[str, Any], results: Mapping[str, Any] | None, figures: 
 
 
 def render_metrics(metrics: Mapping[str, Any]) -> str:
-    """Single values as one table of pairs, every list of rows as a table of its own, nested dicts by dotted names."""
+    """Single values as one table of pairs; lists and dicts of rows as tables; deeper dicts by dotted names."""
     single, tables = {}, []
     for name, value in _flat(metrics):
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        if _is_rows(value):
             tables.append(f"<h3>{html.escape(name)}</h3>{_rows(value)}")
         else:
             single[name] = value
@@ -166,10 +169,19 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in metrics.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(value) > 1 and _is_rows(list(value.values())):
+            yield f"{prefix}{name}", [{"": key, **row} for key, row in value.items()]
+        elif isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _is_rows(value: Any) -> bool:
+    """A list of dicts that hold no further dicts or rows."""
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+        return False
+    return not any(isinstance(item, dict) or _is_rows(item) for row in value for item in row.values())
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

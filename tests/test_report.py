@@ -73,6 +73,16 @@ def test_metrics_as_tables():
     assert "&lt;x&gt;" in page
 
 
+def test_a_dict_of_rows_is_a_table_and_a_deeper_one_is_not():
+    page = render_metrics({"skipped": {"nothing": {"loss": 0.5, "count": 3}, "mha 0": {"loss": 0.75}}})
+    assert "<h3>skipped</h3>" in page
+    assert "<td>nothing</td><td class=n>0.5</td><td class=n>3</td>" in page
+    assert "<td>mha 0</td><td class=n>0.75</td><td class=n>–</td>" in page
+    page = render_metrics({"a": {"b": {"c": {"d": 1}}, "e": {"f": [{"g": {"h": 2}}]}}})
+    assert "<th>a.b.c.d</th><td>1</td>" in page
+    assert "<th>a.e.f</th>" in page
+
+
 def test_a_failed_notebook_shows_its_traceback():
     entry = {
         "notebook": "00_a", "title": "T <b>", "status": "FAILED", "seconds": 1.0, "peak_mb": 2.0, "error": "E: <no>",
