@@ -38,6 +38,7 @@ COLUMNS = (
     *("arm", "method", "k", "chosen_by", "seed", "mask", "learning_rate"),
     *("val_accuracy", "val_loss", "test_accuracy", "test_loss", "unparsed"),
     *("trainable", "trainable_share", "steps", "seconds", "search_steps", "search_seconds", "scorer"),
+    "test_columns",
 )
 
 
@@ -145,6 +146,7 @@ class _Table:
             row |= {f"{split}_{part}": found[part] for part in ("accuracy", "loss")}
             row["details"] = row.get("details", {}) | {split: found}
         row["unparsed"] = row["details"]["test"].get("unparsed")
+        row["test_columns"] = row["details"]["test"].get("columns")
         self.log(f"{arm.name}, seed {seed}: val {row['val_accuracy']:.3f}, test {row['test_accuracy']:.3f}")
         return row
 

@@ -80,6 +80,7 @@ class Task:
     name = "task"
     template = ""
     parser = ""
+    ends = True  # whether the target closes with the end-of-text token
     train: Sequence[Example]
     search: Sequence[Example]
     val: Sequence[Example]
@@ -125,11 +126,12 @@ class Task:
         )
 
     def target_ids(self, example: Example) -> tuple[list[int], int]:
-        """Token ids of the whole target with its end mark, and how many of them are the scored part."""
+        """Token ids of the whole target, and how many of them are the scored part."""
         scored, rest = self.target_text(example)
         first = self.tokenizer(scored, add_special_tokens=False)["input_ids"]
         then = self.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
-        return [*first, *then, self.tokenizer.eos_token_id], len(first)
+        end = [self.tokenizer.eos_token_id] if self.ends else []
+        return [*first, *then, *end], len(first)
 
     def collate(self, examples: Sequence[Example], answers: bool = True) -> BatchFeature:
         """Examples to one batch; pictures only of those that have some.

@@ -11,11 +11,17 @@ import re
 
 import numpy as np
 
+from eas_kit.errors import TaskError
 from eas_kit.tasks.base import ROLES, Example, Generated, Task
 from eas_kit.tasks.digit_images import draw_number
 from eas_kit.tasks.periodic_table import ATTRIBUTES, Element, elements, values
+from eas_kit.tasks.statements import fact
 
 SIZES = {"train": 20_000, "search": 500, "val": 500, "test": 1_000}
+ORDERS = {
+    "QCM-LEA": "Question / Context / Options (texts) -> solution. The answer is X. (QCM-LEA)",
+    "QCM-ALE": "Question / Context / Options (texts) -> The answer is X. BECAUSE: solution (QCM-ALE)",
+}
 MODALITIES = ("IMG", "TXT", "NO")
 # attribute -> (question, subject column and grade column as in ScienceQA's tables)
 _ASK = {
@@ -28,28 +34,26 @@ _ASK = {
     "block": ("Which block does {s} belong to?", "NAT", "G7-12"),
     "discovered": ("When was {s} discovered?", "SOC", "G1-6"),
 }
-_REASON = {
-    "name": "the symbol of {n} is {y}.",
-    "symbol": "the symbol of {n} is {v}.",
-    "state": "{n} is a {v}.",
-    "category": "{n} is of the kind {v}.",
-    "period": "{n} is in period {v}.",
-    "group": "{n} is in group {v}.",
-    "block": "{n} is in block {v}.",
-    "discovered": "{n} is known since the {v}.",
-}
-
-
 class Elements(Task):
     """See the module. Splits use disjoint digit scans and, with ``disjoint_facts``, disjoint (element, attribute) pairs."""
 
     name = "elements"
-    template = "Question / Context / Options (texts) -> The answer is X. BECAUSE: solution (QCM-ALE)"
+    template = ORDERS["QCM-LEA"]
     parser = "the option in 'The answer is X.'"
 
-    def __init__(self, processor, sizes: dict[str, int] | None = None, seed: int = 0, disjoint_facts: bool = True):
+    def __init__(
+        self,
+        processor,
+        sizes: dict[str, int] | None = None,
+        seed: int = 0,
+        disjoint_facts: bool = False,
+        order: str = "QCM-LEA",
+    ):
         super().__init__(processor)
-        self.seed = seed
+        if order not in ORDERS:
+            raise TaskError(f"elements: order is one of {', '.join(ORDERS)}, not {order!r}")
+        self.seed, self.order = seed, order
+        self.template = ORDERS[order]
         self._pairs = self._deal_pairs(disjoint_facts)
         for role, size in {**SIZES, **(sizes or {})}.items():
             setattr(self, role, Generated(lambda i, role=role: self._make(role, i), size))
@@ -88,14 +92,13 @@ class Elements(Task):
         wrong = [v for v in values(attribute) if v != value]
         options = [str(o) for o in rng.choice(wrong, size=min(3, len(wrong)), replace=False)]
         options.insert(int(rng.integers(len(options) + 1)), value)
-        reason = _REASON[attribute].format(n=element.name, v=value, y=element.symbol)
         return Example(
             id=f"{role}-{i}",
             question=question.format(s=subject),
             context=context,
             choices=tuple(options),
             answer=value,
-            explanation=f"element {element.number} is {element.name}. {reason}",
+            explanation=_solution(element, attribute, modality),
             images=images,
             categories=(subject_column, modality, grade),
         )
@@ -104,8 +107,12 @@ class Elements(Task):
         return f"Question: {example.question}\nContext: {example.context}\nOptions: {', '.join(example.choices)}"
 
     def target_text(self, example: Example) -> tuple[str, str]:
-        rest = f" BECAUSE: {example.explanation}" if example.explanation else ""
-        return f" The answer is {example.answer}.", rest
+        answer = f" The answer is {example.answer}."
+        if not example.explanation:
+            return answer, ""
+        if self.order == "QCM-LEA":
+            return f" {example.explanation}{answer}", ""
+        return answer, f" BECAUSE: {example.explanation}"
 
     def parse(self, text: str, example: Example) -> str | None:
         found = re.search(r"The answer is (.+?)(?:\.|$)", text)
@@ -113,6 +120,19 @@ class Elements(Task):
             return None
         said = found[1].strip().lower()
         return next((c for c in example.choices if c.lower() == said), None)
+
+
+def _solution(element: Element, attribute: str, modality: str) -> str:
+    """The steps from what is given to the answer, as statements that the bundled model knows from pretraining."""
+    if attribute == "name":
+        steps = ["".join(fact(element, "symbol", "name", 0))] if modality == "NO" else [f"it is {element.name}."]
+    else:
+        steps = ["".join(fact(element, attribute, "name" if modality == "NO" else "it", 1))]
+        if modality != "NO":
+            steps.insert(0, f"it is {element.name}.")
+    if modality != "NO":
+        steps.insert(0, f"the number is {element.number}.")
+    return " ".join(steps)
 
 
 assert set(_ASK) == set(ATTRIBUTES)

@@ -23,6 +23,7 @@ class Reading(Task):
     name = "reading"
     template = "[picture] beginning of a statement -> its end"
     parser = "the text before the full stop"
+    ends = False  # in pretraining more statements may follow
 
     def __init__(self, processor, sizes: dict[str, int] | None = None, seed: int = 0, kinds: tuple[str, ...] = KINDS):
         super().__init__(processor)

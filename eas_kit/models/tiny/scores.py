@@ -23,7 +23,7 @@ def score(folder: Path, seed: int = 0, tune: bool = True) -> dict[str, Any]:
     and on ``definitions`` when one attention or feed-forward is skipped.
     """
     model, processor = load_model(folder, dtype="float32", attn_implementation="eager")
-    reading = load_task("reading", processor)
+    reading = load_task("reading", processor, sizes={"test": 3000})
     found: dict[str, Any] = {"seed": seed}
     report = reading.evaluate(model, "test")
     found["reading"] = {k: report[k] for k in ("accuracy", "loss", "count", "columns", "column_counts")}

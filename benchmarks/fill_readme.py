@@ -1,0 +1,111 @@
+"""Write the measured tables of README.md from the results files in benchmarks/results.
+
+    python benchmarks/fill_readme.py            # rewrite the blocks between <!-- numbers:X --> and <!-- /numbers:X -->
+    python benchmarks/fill_readme.py --check    # exit code 1 if they differ from the files
+
+The files are copies of the results.json that notebooks leave in their run folder; `benchmarks/README.md` has the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
+
+
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def probe() -> str:
+    found = results("01_probe_redundancy")
+    settings = found["parameters"]
+    rows = []
+    for name in settings["tasks"]:
+        dense = found["metrics"]["dense"][name]
+        rows.append([name, "0", f"{dense['loss']:.3f}", "", f"{dense['accuracy']:.1%}", ""])
+        cells = {(r["kind"], r["k"]): r for r in found["metrics"]["probe"] if r["task"] == name}
+        for k in settings["num_skipped"]:
+            row = [name, str(k)]
+            for metric, form in (("loss", "{:.3f} ± {:.3f}"), ("accuracy", "{:.1%} ± {:.1%}")):
+                row += [form.format(cells[kind, k][metric], cells[kind, k][f"{metric}_sd"]) for kind in ("mha", "ffn")]
+            rows.append(row)
+    head = ["task", "k of 12 skipped", "loss, attentions", "loss, feed-forwards", "accuracy, attentions", "accuracy, feed-forwards"]
+    return (
+        f"No tuning; split val, {settings['limit']} examples a mask, {settings['trials']} random masks a row (mean ± sd), the "
+        f"same masks for both kinds, seed {found['seed']}. Accuracy: reading, every token of the answer right; definitions, tokens.\n\n"
+        + table(head, rows)
+    )
+
+
+def tuning() -> str:
+    found = results("03_train_pia")
+    settings, metrics = found["parameters"], found["metrics"]
+    rows = [
+        [
+            row["arm"],
+            f"{row['test_accuracy']:.1%}" + (f" ± {row['test_accuracy_sd']:.1%}" if row["test_accuracy_sd"] is not None else ""),
+            f"{row['test_loss']:.3f}",
+            f"{row['trainable_share']:.2%}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in metrics["table"]
+    ]
+    head = ["arm", "test accuracy", "test loss", "trainable", "seconds to tune"]
+    return (
+        f"Task {settings['task_name']}, split test ({settings['test_limit']} examples), {settings['steps']} steps of batch "
+        f"{settings['batch_size']} for every tuned arm, seeds {settings['seeds']} (mean ± sd); guessing: {metrics['chance']:.1%}. "
+        f"Zero-shot picks the likeliest option, the others write.\n\n" + table(head, rows)
+    )
+
+
+def latency() -> str:
+    found = results("04_merge_and_check")
+    settings = found["parameters"]
+    rows = [
+        [str(r["k"]), r["part"], f"{r['unmerged']:.2f}", f"{r['merged']:.2f}", f"{r['bound']:.2f}", f"{r['share of the bound']:.0%}"]
+        for r in found["metrics"]["speed"]
+    ]
+    head = ["k of 12 skipped", "part", "unmerged", "merged", "bound 1 / (1 - share)", "merged / bound"]
+    worst, count = found["metrics"]["largest relative difference"], found["metrics"]["prompts"]
+    return (
+        f"Speed against the dense model (above 1 is faster): median ratio of {settings['repeats']} rounds in which all variants "
+        f"run in turn, {settings['new_tokens']} new tokens, {settings['threads']} thread, {found['device']}. Merged prefill "
+        f"includes the folding. Merged against unmerged logits: at most {worst:.1e} of their scale on {count} prompts.\n\n"
+        + table(head, rows)
+    )
+
+
+BLOCKS = {"probe": probe, "tuning": tuning, "latency": latency}
+
+
+def filled(text: str) -> str:
+    for name, write in BLOCKS.items():
+        pattern = rf"(<!-- numbers:{name} -->\n).*?(<!-- /numbers:{name} -->)"
+        text, count = re.subn(pattern, lambda m, w=write: f"{m[1]}{w()}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} blocks numbers:{name}, wanted one")
+    return text
+
+
+def main() -> None:
+    before = README.read_text()
+    after = filled(before)
+    if "--check" in sys.argv[1:]:
+        sys.exit(before != after)
+    README.write_text(after)
+    print("README.md", "unchanged" if before == after else "rewritten")
+
+
+if __name__ == "__main__":
+    main()
