@@ -78,33 +78,44 @@ def test_examples_are_reproducible_and_consistent(name, processor):
         one.val[len(one.val)]
 
 
-def test_elements_answers_are_true_and_facts_disjoint(processor):
-    task = load_task("elements", processor)
-    by_number = {e.number: e for e in elements()}
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_elements_answers_are_true(processor, disjoint):
+    task = load_task("elements", processor, disjoint_facts=disjoint)
+    by_name, by_number = {e.name: e for e in elements()}, {e.number: e for e in elements()}
     pairs = {}
     for role in ROLES:
         pairs[role] = set()
         for example in task.split(role, 400):
-            number = example.explanation.split()[1]
-            element = by_number[number]
-            attribute = next(a for a in ("name", "symbol", "state", "category", "period", "group", "block", "discovered")
-                             if _asks(example.question, a))
+            attribute = next(a for a in QUESTIONS if example.question.startswith(QUESTIONS[a]))
+            if "NO" in example.categories:
+                element = next(by_name[word] for word in example.question.rstrip("?").split() if word in by_name)
+                assert example.context == "N/A" and attribute != "name"
+            else:
+                element = by_number[example.explanation.split()[3].rstrip(".")]
+                assert element.name in example.explanation
             assert getattr(element, attribute) == example.answer
-            pairs[role].add((number, attribute))
+            assert example.answer in example.explanation
+            pairs[role].add((element.number, attribute))
             assert ("IMG" in example.categories) == bool(example.images)
             if "TXT" in example.categories:
-                assert f"number is {number}." in example.context
-            if "NO" in example.categories:
-                assert number not in example.question.replace("25 degrees", "") and example.context == "N/A"
-    for a in ROLES:
-        for b in ROLES:
-            assert a == b or not pairs[a] & pairs[b]
+                assert f"number is {element.number}." in example.context
+    shared = [pairs[a] & pairs[b] for a in ROLES for b in ROLES if a != b]
+    assert any(shared) != disjoint
 
 
-def _asks(question: str, attribute: str) -> bool:
-    words = {"name": "Which element", "symbol": "Which symbol", "state": "What state", "category": "What kind",
-             "period": "Which period", "group": "Which group", "block": "Which block", "discovered": "When was"}
-    return question.startswith(words[attribute])
+QUESTIONS = {"name": "Which element", "symbol": "Which symbol", "state": "What state", "category": "What kind",
+             "period": "Which period", "group": "Which group", "block": "Which block", "discovered": "When was"}  # fmt: skip
+
+
+def test_elements_orders(processor):
+    first, last = (load_task("elements", processor, order=order) for order in ("QCM-ALE", "QCM-LEA"))
+    example = first.val[0]
+    answer = f" The answer is {example.answer}."
+    assert first.target_text(example) == (answer, f" BECAUSE: {example.explanation}")
+    assert last.target_text(example) == (f" {example.explanation}{answer}", "")
+    assert first.template != last.template
+    with pytest.raises(TaskError, match="one of QCM-LEA, QCM-ALE, not 'QCM'"):
+        load_task("elements", processor, order="QCM")
 
 
 def test_digits_answers_are_true(processor):
@@ -141,7 +152,7 @@ def test_collate_labels_only_the_target(processor):
         prompt = prompts["input_ids"][i][prompts["attention_mask"][i].bool()]
         assert ids[:start].tolist() == prompt.tolist()  # the very prompt that generate gets
         assert int(batch["attention_mask"][i].sum()) == start + len(target)
-        assert task.tokenizer.decode(target[:scored]) == f" The answer is {example.answer}."
+        assert task.tokenizer.decode(target[:scored]) == task.target_text(example)[0]
     text_only = task.collate([e for e in examples if not e.images])
     assert "pixel_values" not in text_only
     with pytest.raises(TaskError, match="at least one example"):

@@ -74,15 +74,16 @@ class Elements(Task):
 
     def _make(self, role: str, i: int) -> Example:
         rng = np.random.default_rng((self.seed, ROLES.index(role), i))
-        attribute = str(rng.choice(list(_ASK)))
+        modality = MODALITIES[i % 3]
+        # without a number the question names the element, so it cannot ask for the name
+        attribute = str(rng.choice([a for a in _ASK if modality != "NO" or a != "name"]))
         pool = self._pairs[role][attribute]
         element = pool[int(rng.integers(len(pool)))]
-        modality = MODALITIES[i % 3]
         question, subject_column, grade = _ASK[attribute]
         value = getattr(element, attribute)
         images, context = (), "N/A"
         if modality == "NO":
-            subject = f"the one with symbol {element.symbol}" if attribute == "name" else element.name
+            subject = element.name
         else:
             subject = "this"
             if modality == "IMG":
@@ -124,14 +125,11 @@ class Elements(Task):
 
 def _solution(element: Element, attribute: str, modality: str) -> str:
     """The steps from what is given to the answer, as statements that the bundled model knows from pretraining."""
-    if attribute == "name":
-        steps = ["".join(fact(element, "symbol", "name", 0))] if modality == "NO" else [f"it is {element.name}."]
-    else:
-        steps = ["".join(fact(element, attribute, "name" if modality == "NO" else "it", 1))]
-        if modality != "NO":
-            steps.insert(0, f"it is {element.name}.")
-    if modality != "NO":
-        steps.insert(0, f"the number is {element.number}.")
+    if modality == "NO":
+        return "".join(fact(element, attribute, "name", 1))
+    steps = [f"the number is {element.number}.", f"it is {element.name}."]
+    if attribute != "name":
+        steps.append("".join(fact(element, attribute, "it", 1)))
     return " ".join(steps)
 
 
