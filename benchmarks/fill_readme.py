@@ -40,7 +40,14 @@ def probe() -> str:
             for metric, form in (("loss", "{:.3f} ± {:.3f}"), ("accuracy", "{:.1%} ± {:.1%}")):
                 row += [form.format(cells[kind, k][metric], cells[kind, k][f"{metric}_sd"]) for kind in ("mha", "ffn")]
             rows.append(row)
-    head = ["task", "k of 12 skipped", "loss, attentions", "loss, feed-forwards", "accuracy, attentions", "accuracy, feed-forwards"]
+    head = [
+        "task",
+        "k of 12 skipped",
+        "loss, attentions",
+        "loss, feed-forwards",
+        "accuracy, attentions",
+        "accuracy, feed-forwards",
+    ]
     return (
         f"No tuning; split val, {settings['limit']} examples a mask, {settings['trials']} random masks a row (mean ± sd), the "
         f"same masks for both kinds, seed {found['seed']}. Accuracy: reading, every token of the answer right; definitions, tokens.\n\n"
@@ -54,7 +61,8 @@ def tuning() -> str:
     rows = [
         [
             row["arm"],
-            f"{row['test_accuracy']:.1%}" + (f" ± {row['test_accuracy_sd']:.1%}" if row["test_accuracy_sd"] is not None else ""),
+            f"{row['test_accuracy']:.1%}"
+            + (f" ± {row['test_accuracy_sd']:.1%}" if row["test_accuracy_sd"] is not None else ""),
             f"{row['test_loss']:.3f}",
             f"{row['trainable_share']:.2%}",
             f"{row['seconds']:.0f}",
@@ -73,7 +81,14 @@ def latency() -> str:
     found = results("04_merge_and_check")
     settings = found["parameters"]
     rows = [
-        [str(r["k"]), r["part"], f"{r['unmerged']:.2f}", f"{r['merged']:.2f}", f"{r['bound']:.2f}", f"{r['share of the bound']:.0%}"]
+        [
+            str(r["k"]),
+            r["part"],
+            f"{r['unmerged']:.2f}",
+            f"{r['merged']:.2f}",
+            f"{r['bound']:.2f}",
+            f"{r['share of the bound']:.0%}",
+        ]
         for r in found["metrics"]["speed"]
     ]
     head = ["k of 12 skipped", "part", "unmerged", "merged", "bound 1 / (1 - share)", "merged / bound"]

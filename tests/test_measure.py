@@ -83,8 +83,8 @@ def test_flops_of_a_forward_with_adapters_by_hand(attention):
     rows, t = inputs["input_ids"].shape
     dense = measure.flops(toys.make_llava(), inputs)
     d, skip, keep = toys.WIDTH, 6, 4
-    # Down: one matrix per token; up: one, mixed per prompt from two, in two groups, so half; per prompt: the router, the
-    # mix of the two matrices and of their biases, and the pooled path of a skipped site.
+    # Down: one matrix per token; up: one, mixed per prompt from two, in two groups, so half; per prompt: the router,
+    # the mix of the two matrices and of their biases, and the pooled path of a skipped site.
     per_kept = rows * t * (d * keep + d * keep // 2) + rows * (2 * d + 2 * d * keep // 2 + 2 * d)
     per_skipped = rows * t * (d * skip + d * skip // 2) + rows * (2 * d + 2 * d * skip // 2 + 2 * d + d * skip)
     assert measure.flops(net, inputs)["adapter"] == 5 * per_kept

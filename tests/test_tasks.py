@@ -103,8 +103,16 @@ def test_elements_answers_are_true(processor, disjoint):
     assert any(shared) != disjoint
 
 
-QUESTIONS = {"name": "Which element", "symbol": "Which symbol", "state": "What state", "category": "What kind",
-             "period": "Which period", "group": "Which group", "block": "Which block", "discovered": "When was"}  # fmt: skip
+QUESTIONS = {
+    "name": "Which element",
+    "symbol": "Which symbol",
+    "state": "What state",
+    "category": "What kind",
+    "period": "Which period",
+    "group": "Which group",
+    "block": "Which block",
+    "discovered": "When was",
+}
 
 
 def test_elements_orders(processor):
@@ -159,25 +167,31 @@ def test_collate_labels_only_the_target(processor):
         task.collate([])
 
 
-@pytest.mark.parametrize("text,expected", [
-    (" The answer is Au. BECAUSE: it is.", "Au"),
-    ("The answer is au.", "Au"),
-    ("The answer is Ag", None),  # not an option
-    (" Au.", None),
-    ("", None),
-    ("I think. The answer is Fe. The answer is Au.", "Fe"),
-])
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        (" The answer is Au. BECAUSE: it is.", "Au"),
+        ("The answer is au.", "Au"),
+        ("The answer is Ag", None),  # not an option
+        (" Au.", None),
+        ("", None),
+        ("I think. The answer is Fe. The answer is Au.", "Fe"),
+    ],
+)
 def test_elements_parser(processor, text, expected):
     example = Example(id="x", question="", answer="Au", choices=("Fe", "Au", "K"))
     assert load_task("elements", processor).parse(text, example) == expected
 
 
-@pytest.mark.parametrize("text,choices,expected", [
-    (" The answer is 12. BECAUSE: row", (), "12"),
-    (" The answer is 12.", ("1", "2"), None),
-    (" The answer is even.", ("even", "odd"), "even"),
-    ("12", (), None),
-])
+@pytest.mark.parametrize(
+    "text,choices,expected",
+    [
+        (" The answer is 12. BECAUSE: row", (), "12"),
+        (" The answer is 12.", ("1", "2"), None),
+        (" The answer is even.", ("even", "odd"), "even"),
+        ("12", (), None),
+    ],
+)
 def test_digits_parser(processor, text, choices, expected):
     example = Example(id="x", question="", answer="12", choices=choices)
     assert load_task("digits", processor).parse(text, example) == expected

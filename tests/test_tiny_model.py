@@ -27,7 +27,15 @@ def test_files_are_small_and_complete():
     assert (FOLDER / "model.safetensors").stat().st_size <= 16e6
     for name in ("config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja", "README.md"):
         assert (FOLDER / name).exists(), name
-    assert Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((FOLDER / "recipe.json").read_text())["recipe"].items()}) == Recipe()
+    assert (
+        Recipe(
+            **{
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in json.loads((FOLDER / "recipe.json").read_text())["recipe"].items()
+            }
+        )
+        == Recipe()
+    )
 
 
 def test_it_is_a_stock_llava(tiny):
@@ -74,7 +82,7 @@ def test_chat_template_and_image_tokens(tiny):
     assert processor.tokenizer.convert_ids_to_tokens(ids)[-3:] == ["1", "1", "8"]  # digits stay single
 
 
-WORDS = "00001740 03 n 01 {word} 0 000 | a made-up sense of {word}; \"an example\"  \n"
+WORDS = '00001740 03 n 01 {word} 0 000 | a made-up sense of {word}; "an example"  \n'
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ def load_model(name_or_folder: str | Path, **kwargs):
             )
         kwargs.setdefault("dtype", "float32")
         kwargs.setdefault("attn_implementation", "eager")  # faster than sdpa at this size on a CPU
-    shared = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only") if k in kwargs}
+    shared = {
+        k: kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only") if k in kwargs
+    }
     try:
         processor = AutoProcessor.from_pretrained(source, **shared)
         model = AutoModelForImageTextToText.from_pretrained(source, **kwargs)

@@ -242,7 +242,9 @@ class Task:
                 numbers = order[start : start + batch_size]
                 for i, answer in zip(numbers, ask(model, [examples[i] for i in numbers]), strict=True):
                     answers[i] = answer
-        right = [a is not None and a.strip().lower() == e.answer.lower() for a, e in zip(answers, examples, strict=True)]
+        right = [
+            a is not None and a.strip().lower() == e.answer.lower() for a, e in zip(answers, examples, strict=True)
+        ]
         columns: dict[str, list[bool]] = defaultdict(list)
         for ok, example in zip(right, examples, strict=True):
             for category in example.categories:

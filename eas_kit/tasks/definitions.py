@@ -53,7 +53,9 @@ class Definitions(Task):
         scores = super().score(model, split, limit, batch_size)
         return {**scores, "accuracy": scores["token_accuracy"]}
 
-    def evaluate(self, model, split: str = "val", limit: int | None = None, batch_size: int = 64, **_) -> dict[str, Any]:
+    def evaluate(
+        self, model, split: str = "val", limit: int | None = None, batch_size: int = 64, **_
+    ) -> dict[str, Any]:
         """As ``score``, in the form of every task's report; nothing is generated."""
         return {
             **self.score(model, split, limit, batch_size),

@@ -34,8 +34,15 @@ _ASK = {
     "block": ("Which block does {s} belong to?", "NAT", "G7-12"),
     "discovered": ("When was {s} discovered?", "SOC", "G1-6"),
 }
+
+
 class Elements(Task):
-    """See the module. Splits use disjoint digit scans and, with ``disjoint_facts``, disjoint (element, attribute) pairs."""
+    """See the module. Splits use disjoint digit scans.
+
+    Args:
+        disjoint_facts: also keep every (element, attribute) pair to one split.
+        order: "QCM-LEA", the solution first, or "QCM-ALE", the answer first.
+    """
 
     name = "elements"
     template = ORDERS["QCM-LEA"]

@@ -20,7 +20,11 @@ _WORDINGS = {
     "block": ("{s} is in block {v}.", "the block of {s} is {v}.", "{p} block is {v}."),
     "category": ("{s} is of the kind {v}.", "the kind of {s} is {v}.", "{p} kind is {v}."),
     "state": ("{s} is a {v} at room temperature.", "the state of {s} is {v}.", "{p} state is {v}."),
-    "discovered": ("{s} is known since the {v}.", "the discovery of {s} was in the {v}.", "{p} discovery was in the {v}."),
+    "discovered": (
+        "{s} is known since the {v}.",
+        "the discovery of {s} was in the {v}.",
+        "{p} discovery was in the {v}.",
+    ),
 }
 KNOWN = tuple(_WORDINGS)
 

@@ -141,7 +141,10 @@ def pretrain(
         if (step + 1) % 50 == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
             left = seconds * (recipe.steps - step - 1) / 60
-            print(f"step {step + 1}/{recipe.steps}  loss {seen:.3f}  {seconds:.2f} s/step  {left:.0f} min left", flush=True)
+            print(
+                f"step {step + 1}/{recipe.steps}  loss {seen:.3f}  {seconds:.2f} s/step  {left:.0f} min left",
+                flush=True,
+            )
             with log.open("a") as file:
                 now = time.monotonic()
                 record = {"step": step + 1, "loss": round(seen, 4), "seconds": round(now - last, 1)}

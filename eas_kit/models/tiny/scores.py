@@ -12,7 +12,7 @@ from eas_kit.probe import single_site_sweep
 from eas_kit.tasks import load_task
 from eas_kit.training import fit
 
-FULL_TUNING = {"max_steps": 600, "batch_size": 32, "learning_rate": 5e-4, "lr_warmup_steps": 50}
+FULL_TUNING = {"max_steps": 600, "batch_size": 8, "learning_rate": 5e-4, "lr_warmup_steps": 20}
 
 
 def score(folder: Path, seed: int = 0, tune: bool = True) -> dict[str, Any]:
