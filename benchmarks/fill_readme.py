@@ -101,7 +101,34 @@ def latency() -> str:
     )
 
 
-BLOCKS = {"probe": probe, "tuning": tuning, "latency": latency}
+def headline() -> str:
+    probed, tuned, merged = (
+        results(n)["metrics"] for n in ("01_probe_redundancy", "03_train_pia", "04_merge_and_check")
+    )
+    cost = {(r["task"], r["kind"], r["k"]): r["loss_change"] for r in probed["probe"]}
+    test = {r["arm"]: r["test_accuracy"] for r in tuned["table"]}
+    speed = {(r["k"], r["part"]): r["merged"] for r in merged["speed"]}
+    return (
+        f"On the bundled model: skipping 4 of 12 attentions at random, without tuning, costs {cost['reading', 'mha', 4]:.2f} of loss "
+        f"on pictures and facts and {cost['definitions', 'mha', 4]:.2f} on dictionary text; 4 feed-forwards cost "
+        f"{cost['reading', 'ffn', 4]:.2f} and {cost['definitions', 'ffn', 4]:.2f}. Tuned with adapters, the model answers "
+        f"{test['pia']:.1%} of the test questions with nothing skipped, {test['pia k=4 bandit']:.1%} without the 4 attentions that the "
+        f"bandit chose, {test['pia k=4 random']:.1%} without 4 random ones (full tuning: {test['full']:.1%}). Merged, it decodes "
+        f"{speed[4, 'decode']:.2f} times as fast as the dense model, and its logits differ from the unmerged ones by at most "
+        f"{merged['largest relative difference']:.0e} of their scale. The whole tables are [below](#results)."
+    )
+
+
+def demo() -> str:
+    entries = results("demo")["notebooks"]
+    each = ", ".join(f"{e['notebook'][:2]} {e['seconds']:.0f} s" for e in entries)
+    return (
+        f"`make demo` ran its notebooks in {sum(e['seconds'] for e in entries) / 60:.1f} minutes after the installation "
+        f"({each}), at most {max(e['peak_mb'] for e in entries):.0f} MB resident, on two CPU cores without a GPU."
+    )
+
+
+BLOCKS = {"headline": headline, "demo": demo, "probe": probe, "tuning": tuning, "latency": latency}
 
 
 def filled(text: str) -> str:

@@ -74,7 +74,14 @@ def test_interrupt_leaves_a_record_and_no_kernel(tmp_path):
     make_book(books, "00_a", "print('up')", "import time; time.sleep(60)")
     make_book(books, "01_b", "pass")
     command = [sys.executable, "-m", "eas_kit.cli", "run", "--notebooks", str(books), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # tests that run in the background of a shell inherit an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)

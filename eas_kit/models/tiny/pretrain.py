@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,6 +88,18 @@ def pretrain_vision(model, processor, recipe: Recipe) -> float:
     return right
 
 
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Matrix products may use bfloat16 where the processor has it; the weights and all sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@fast_products()
 def pretrain(
     out: Path, recipe: Recipe, wordnet: Path = WORDNET, resume: bool = False, checkpoint_every: int = 200
 ) -> Path:
@@ -93,8 +107,6 @@ def pretrain(
 
     Raises TrainingError where the loss is not finite, or a checkpoint of another recipe lies in ``out``.
     """
-    # matrix products may use bfloat16 where the processor has it; the weights and all sums stay float32
-    torch.set_float32_matmul_precision("medium")
     out.mkdir(parents=True, exist_ok=True)
     definitions, _ = read_definitions(wordnet)
     processor = make_processor(tokenizer_texts(definitions))
