@@ -39,7 +39,8 @@ resume: $(BASE_STAMP)  ## go on with a demo that was stopped
 
 # Tests are many small models: a second thread gains nothing, and on a machine that does something else as well the
 # threads wait for each other.
-test test-browser test-all: export OMP_NUM_THREADS ?= 1
+# The bundled model is so small that more threads cost more than they give; a real one wants them all.
+demo resume notebooks test test-browser test-all: export OMP_NUM_THREADS ?= 1
 
 test: $(TEST_STAMP)  ## unit tests, conformance tests and every notebook with small parameters
 	$(BIN)/python -m pytest -m "not browser and not gpu" $(PYTEST_ARGS)

@@ -7,6 +7,8 @@ and filled by several processes at once.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -97,6 +99,7 @@ def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
         val_loss=("val_loss", "mean"),
         trainable_share=("trainable_share", "mean"),
         seconds=("seconds", "mean"),
+        search_seconds=("search_seconds", "mean"),
     )
     return found.reset_index()
 
@@ -105,7 +108,14 @@ class _Table:
     def __init__(self, task, make_model, plan: Plan, folder: Path, model_name: str, log):
         self.task, self.make_model, self.plan, self.folder, self.log = task, make_model, plan, folder, log
         sizes = [len(getattr(task, split)) for split in ("train", "search", "val", "test")]
-        self.base_key = {"task": task.name, "sizes": sizes, "model": model_name, "version": __version__}
+        self.base_key = {
+            "task": task.name,
+            "sizes": sizes,
+            "texts": _digest(task),
+            "model": model_name,
+            "weights": _fingerprint(make_model()),
+            "version": __version__,
+        }
 
     def learning_rate(self, method: str, seed: int, rates: Mapping[str, float], grid: Mapping) -> float | None:
         if method == "zero_shot":
@@ -213,6 +223,27 @@ def best_scorer(model: nn.Module, task: Any, k: int, limit: int | None = None) -
         losses[name] = score_without(model, task, "mha", masks[name], "val", limit)["loss"]
     best = min(losses, key=losses.get)
     return {"mask": list(masks[best]), "scorer": best, "losses": losses}
+
+
+def _digest(task: Any) -> str:
+    """Tells tasks apart that share a name: of template and first questions of every split."""
+    parts = [getattr(task, "template", ""), getattr(task, "parser", "")]
+    for split in ("train", "search", "val", "test"):
+        examples = getattr(task, split)
+        for i in range(min(5, len(examples))):
+            example = examples[i]
+            parts += [
+                getattr(example, "question", ""),
+                getattr(example, "explanation", ""),
+                getattr(example, "answer", ""),
+            ]
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:10]
+
+
+def _fingerprint(model: nn.Module) -> float:
+    """Tells weights apart that share a name and shapes."""
+    last = list(model.parameters())[-1]
+    return round(last.detach().double().abs().sum().item(), 6)
 
 
 def _frame(rows: list[dict]) -> pandas.DataFrame:

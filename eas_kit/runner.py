@@ -119,7 +119,7 @@ def run(
             print(f"[{number}/{len(chosen)}] {notebook.name}  already done, kept{note}", file=stream, flush=True)
         else:
             fresh.append(notebook.name)
-            _run_one(notebook, outcome, out, f"[{number}/{len(chosen)}]", cell_timeout, stream)
+            _run_one(notebook, outcome, out, f"[{number}/{len(chosen)}]", cell_timeout, stream, resume)
             earlier[notebook.name] = asdict(outcome)
             _write_record(out, earlier)
         if outcome.status == STOPPED:
@@ -142,14 +142,20 @@ def run(
 
 
 def _run_one(
-    notebook: Notebook, outcome: Outcome, out: Path, label: str, timeout: float | None, stream: TextIO
+    notebook: Notebook,
+    outcome: Outcome,
+    out: Path,
+    label: str,
+    timeout: float | None,
+    stream: TextIO,
+    resume: bool,
 ) -> None:
     from .kernel import execute  # papermill and its friends take a moment to import
 
     given = ", ".join(f"{name}={value!r}" for name, value in outcome.parameters.items())
     print(f"{label} {notebook.name}  {given}".rstrip(), file=stream, flush=True)
     target = out / outcome.path
-    _remove_leftovers(out, notebook.name)
+    _remove_leftovers(out, notebook.name, resume)
     parameters = dict(outcome.parameters)
     if RUN_DIR in notebook.defaults:
         parameters[RUN_DIR] = _run_dir_for(notebook, out)
@@ -213,10 +219,15 @@ def _keep(outcome: Outcome, done: Mapping[str, Any]) -> None:
     outcome.status = KEPT
 
 
-def _remove_leftovers(out: Path, name: str) -> None:
-    """A notebook that runs anew must not find, or leave for the next ones, what an earlier run of it wrote."""
+def _remove_leftovers(out: Path, name: str, resume: bool) -> None:
+    """A notebook that runs anew must not find, or leave for the next ones, what an earlier run of it wrote.
+
+    With ``resume`` its folder stays, but for the results: finished parts (the arms of a comparison, checkpoints) are
+    files there that say themselves which settings they belong to.
+    """
     import shutil
 
-    for suffix in (".ipynb", ".html"):
-        (out / f"{name}{suffix}").unlink(missing_ok=True)
-    shutil.rmtree(out / name, ignore_errors=True)
+    for path in (f"{name}.ipynb", f"{name}.html", f"{name}/results.json"):
+        (out / path).unlink(missing_ok=True)
+    if not resume:
+        shutil.rmtree(out / name, ignore_errors=True)

@@ -249,3 +249,21 @@ def test_masks_are_scored_and_the_nets_own_is_kept(toy_task):
     net.mask = [1, 3]
     assert frame["loss"][1] == toy_task.score(net, "val")["loss"]
     assert frame["reward"][1] == pytest.approx(torch.exp(torch.tensor(-frame["loss"][1])).item(), rel=1e-5)
+
+
+def test_results_of_another_template_or_other_weights_are_not_reused(toy_task):
+    from types import SimpleNamespace
+
+    from eas_kit.compare import _digest, _fingerprint
+
+    example = SimpleNamespace(question="Which?", explanation="", answer="That")
+    splits = {name: [example] for name in ("train", "search", "val", "test")}
+    one = SimpleNamespace(template="A", parser="p", **splits)
+    assert _digest(one) == _digest(SimpleNamespace(template="A", parser="p", **splits))
+    assert _digest(one) != _digest(SimpleNamespace(template="B", parser="p", **splits))
+    other = SimpleNamespace(question="Why?", explanation="", answer="That")
+    assert _digest(one) != _digest(SimpleNamespace(template="A", parser="p", **(splits | {"test": [other]})))
+    model = torch.nn.Linear(3, 5)
+    before = _fingerprint(model)
+    model.bias.data += 1
+    assert _fingerprint(model) != before

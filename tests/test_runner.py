@@ -210,3 +210,23 @@ def test_the_kernel_is_this_python_whatever_is_installed(folder, go, tmp_path, m
     make_book(folder, "00_a", f"import sys; assert sys.executable == {sys.executable!r}")
     report, _ = go()
     assert report.ok
+
+
+def test_resume_keeps_finished_parts_of_a_stopped_notebook(tmp_path):
+    """What a long notebook left before it failed is there when it goes on; a run anew starts clean."""
+    part = "from pathlib import Path; part = Path(run_dir) / '00_a' / 'arm.json'; print('found', part.exists())"
+    stop = "part.write_text('done')\nassert not Path('stop.txt').exists(), 'stopped'"
+    books = tmp_path / "books"
+    make_book(books, "00_a", part, stop)
+    (books / "stop.txt").write_text("")
+    out = tmp_path / "run"
+    assert not run(out=out, folder=books, stream=io.StringIO(), pages=False).ok
+    (books / "stop.txt").unlink()
+
+    def found() -> str:
+        return str(nbformat.read(out / "00_a.ipynb", as_version=4).cells)
+
+    assert run(out=out, folder=books, stream=io.StringIO(), pages=False, resume=True).ok
+    assert "found True" in found()
+    assert run(out=out, folder=books, stream=io.StringIO(), pages=False).ok
+    assert "found False" in found()

@@ -229,7 +229,8 @@ class Task:
         examples = self.split(split, limit)
         began = time.perf_counter()
         answers: list[str | None] = [None] * len(examples)
-        ask = self._generated if method == "generate" else self._by_option
+        # the same room for every example, whatever batch it falls into: the longest target of the split and some more
+        room = max(self.target_ids(e)[1] for e in examples) + 4
         # by length, so that a batch holds little padding
         order = sorted(range(len(examples)), key=lambda i: len(self.question_text(examples[i])))
         starts = range(0, len(order), batch_size)
@@ -240,7 +241,9 @@ class Task:
         with evaluating(model):
             for start in starts:
                 numbers = order[start : start + batch_size]
-                for i, answer in zip(numbers, ask(model, [examples[i] for i in numbers]), strict=True):
+                batch = [examples[i] for i in numbers]
+                found = self._generated(model, batch, room) if method == "generate" else self._by_option(model, batch)
+                for i, answer in zip(numbers, found, strict=True):
                     answers[i] = answer
         right = [
             a is not None and a.strip().lower() == e.answer.lower() for a, e in zip(answers, examples, strict=True)
@@ -267,12 +270,11 @@ class Task:
     def answers(self, model, examples: Sequence[Example]) -> list[str | None]:
         """The model's own words on one batch of examples, greedily written and parsed."""
         with evaluating(model):
-            return self._generated(model, examples)
+            return self._generated(model, examples, max(self.target_ids(e)[1] for e in examples) + 4)
 
-    def _generated(self, model, examples: Sequence[Example]) -> list[str | None]:
+    def _generated(self, model, examples: Sequence[Example], room: int) -> list[str | None]:
         device = next(model.parameters()).device
         inputs = self.collate(examples, answers=False).to(device)
-        room = max(self.target_ids(e)[1] for e in examples) + 2
         written = model.generate(
             **inputs, max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=self.tokenizer.pad_token_id
         )

@@ -37,10 +37,10 @@ _ASK = {
 
 
 class Elements(Task):
-    """See the module. Splits use disjoint digit scans.
+    """See the module. Splits use disjoint digit scans; a question without picture may recur in another split.
 
     Args:
-        disjoint_facts: also keep every (element, attribute) pair to one split.
+        disjoint_facts: also keep every element to one split, so that no fact of test was seen in train.
         order: "QCM-LEA", the solution first, or "QCM-ALE", the answer first.
     """
 
@@ -67,16 +67,13 @@ class Elements(Task):
 
     @staticmethod
     def _deal_pairs(disjoint: bool) -> dict[str, dict[str, list[Element]]]:
-        """role -> attribute -> elements asked about: of each attribute 60 / 10 / 10 / 20 % of the elements."""
-        rng = np.random.default_rng(118)
-        dealt: dict[str, dict[str, list[Element]]] = {role: {} for role in ROLES}
-        for attribute in _ASK:
-            known = [e for e in elements() if getattr(e, attribute)]
-            order = rng.permutation(len(known))
-            edges = (np.cumsum((0, 0.6, 0.1, 0.1, 0.2)) * len(known)).round().astype(int)
-            for place, role in enumerate(ROLES):
-                numbers = order[edges[place] : edges[place + 1]] if disjoint else order
-                dealt[role][attribute] = [known[i] for i in numbers]
+        """role -> attribute -> elements asked about: all that have it, or of 60 / 10 / 10 / 20 % of the elements."""
+        order = np.random.default_rng(118).permutation(len(elements()))
+        edges = (np.cumsum((0, 0.6, 0.1, 0.1, 0.2)) * len(order)).round().astype(int)
+        dealt: dict[str, dict[str, list[Element]]] = {}
+        for place, role in enumerate(ROLES):
+            pool = [elements()[i] for i in (order[edges[place] : edges[place + 1]] if disjoint else order)]
+            dealt[role] = {attribute: [e for e in pool if getattr(e, attribute)] for attribute in _ASK}
         return dealt
 
     def _make(self, role: str, i: int) -> Example:

@@ -24,14 +24,15 @@ on real parts what Effective Attention Skipping does; it is of no other use.
 `python -m eas_kit.models.tiny --out DIR`, from random weights, {minutes} on one core; `recipe.json` holds every
 setting. First the vision tower alone learns to tell digits apart ({vision_steps} steps, with a linear head that is then
 thrown away); then the whole model reads boards and numbers, one picture a row ({seeing_steps} steps), and then packed rows
-of everything (up to step {steps}). No LayerDrop, no dropout, nothing that treats attentions and feed-forwards unlike.
+of everything, up to step {steps}, in two cycles of the learning rate. (Where a picture no longer fits into a row, a
+definition takes its place.) No LayerDrop, no dropout, nothing that treats attentions and feed-forwards unlike.
 
-| data | licence | share of the documents |
-| --- | --- | --- |
-| WordNet 3.0's 117,659 definitions, one in a hundred held out | WordNet licence (Princeton University) | {definition:.0%} |
-| statements about the 118 elements, from the package mendeleev | MIT | {fact:.0%} |
-| pictures of atomic numbers, in handwritten digits | scikit-learn's digits (UCI, CC BY 4.0) | {number:.0%} |
-| pictures of 3 x 3 boards of handwritten digits | the same | {board:.0%} |
+| data | licence | share of the documents | and in the last {last} steps |
+| --- | --- | --- | --- |
+| WordNet 3.0's 117,659 definitions, one in a hundred held out | WordNet licence (Princeton University) | {definition:.0%} | {end[definition]:.0%} |
+| statements about the 118 elements, from the package mendeleev | MIT | {fact:.0%} | {end[fact]:.0%} |
+| pictures of atomic numbers, in handwritten digits | scikit-learn's digits (UCI, CC BY 4.0) | {number:.0%} | {end[number]:.0%} |
+| pictures of 3 x 3 boards of handwritten digits | the same | {board:.0%} | {end[board]:.0%} |
 
 Digit scans are split by digit into train / search / val / test (60 / 10 / 10 / 20 %); only train was seen. The question
 format of the tasks `elements` and `digits` does not occur in pretraining.
@@ -86,6 +87,8 @@ def write_card(folder: Path, found: dict[str, Any], minutes: str) -> None:
         minutes=minutes,
         **{k: facts["recipe"][k] for k in ("vision_steps", "seeing_steps", "steps")},
         **facts["mixture"],
+        end=facts["mixture at the end"],
+        last=facts["recipe"]["steps"] - facts["recipe"]["reading_steps"],
         seed=found["seed"],
         scores="\n".join(f"| {name} | {value:.1%} | {count} |" for name, value, count in rows),
         definitions=found["definitions"]["loss"],

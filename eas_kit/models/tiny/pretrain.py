@@ -117,8 +117,9 @@ def pretrain(
         parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
-    checkpoint = out / "checkpoint.pt"
-    start = 0
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
+    start, seen = 0, 0.0
+    began = last = time.monotonic()
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["recipe"] != json.loads(json.dumps(asdict(recipe))):
@@ -131,10 +132,9 @@ def pretrain(
         start = state["step"]
         print(f"continuing after step {start}", flush=True)
     else:
+        log.unlink(missing_ok=True)
         right = pretrain_vision(model, processor, recipe)
         print(f"vision tower: {right:.1%} of patches right after {recipe.vision_steps} steps", flush=True)
-    seen, log = 0.0, out / "log.jsonl"
-    began = last = time.monotonic()
     for step in range(start, recipe.steps):
         if step < recipe.seeing_steps:
             batch = corpus.seeing_batch(step)
