@@ -37,9 +37,8 @@ demo: $(BASE_STAMP)  ## install into .venv, run every notebook, leave runs/demo/
 resume: $(BASE_STAMP)  ## go on with a demo that was stopped
 	$(BIN)/eas-kit run --out runs/$(NAME) --resume $(RUN_ARGS)
 
-# Tests are many small models: a second thread gains nothing, and on a machine that does something else as well the
-# threads wait for each other.
-# The bundled model is so small that more threads cost more than they give; a real one wants them all.
+# Models this small gain nothing from a second thread, and on a machine that does something else as well the threads
+# wait for each other. For a real model: make demo OMP_NUM_THREADS=16 RUN_ARGS="-p model ..."
 demo resume notebooks test test-browser test-all: export OMP_NUM_THREADS ?= 1
 
 test: $(TEST_STAMP)  ## unit tests, conformance tests and every notebook with small parameters
