@@ -162,7 +162,7 @@ def test_all_arms_run_once_and_resume_from_their_files(toy_task, tmp_path):
     # Another search setting concerns the bandit's arms alone.
     changed = small_plan(search=eas.SearchConfig(**arguments["plan"].search.to_dict() | {"updates": 1}))
     run_arms(toy_task, make_model, arms, **arguments | {"plan": changed})
-    assert len(made) == count + 2 * 2  # per seed: one model to search with, one to tune
+    assert len(made) == count + 2 + 2 * 2  # two calls so far; per seed: one model to search with, one to tune
 
 
 def test_runs_are_the_same_in_any_order_and_with_fresh_adapters(toy_task, tmp_path):
