@@ -3,7 +3,7 @@
     python benchmarks/fill_readme.py            # rewrite the blocks between <!-- numbers:X --> and <!-- /numbers:X -->
     python benchmarks/fill_readme.py --check    # exit code 1 if they differ from the files
 
-The files are copies of the results.json that notebooks leave in their run folder; `benchmarks/README.md` has the commands.
+The files are copies of what notebooks leave in their run folder; `benchmarks/README.md` has the commands.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def tuning() -> str:
     rows = [
         [
             row["arm"],
+            str(row["seeds"]),
             f"{row['test_accuracy']:.1%}"
             + (f" ± {row['test_accuracy_sd']:.1%}" if row["test_accuracy_sd"] is not None else ""),
             f"{row['test_loss']:.3f}",
@@ -69,10 +70,10 @@ def tuning() -> str:
         ]
         for row in metrics["table"]
     ]
-    head = ["arm", "test accuracy", "test loss", "trainable", "seconds to tune"]
+    head = ["arm", "seeds", "test accuracy", "test loss", "trainable", "seconds to tune"]
     return (
         f"Task {settings['task_name']}, split test ({settings['test_limit']} examples), {settings['steps']} steps of batch "
-        f"{settings['batch_size']} for every tuned arm, seeds {settings['seeds']} (mean ± sd); guessing: {metrics['chance']:.1%}. "
+        f"{settings['batch_size']} for every tuned arm (mean ± sd over the seeds that were run); guessing: {metrics['chance']:.1%}. "
         f"Zero-shot picks the likeliest option, the others write.\n\n" + table(head, rows)
     )
 

@@ -233,14 +233,17 @@ class Task:
         room = max(self.target_ids(e)[1] for e in examples) + 4
         # by length, so that a batch holds little padding
         order = sorted(range(len(examples)), key=lambda i: len(self.question_text(examples[i])))
-        starts = range(0, len(order), batch_size)
+        # every option is a row of its own
+        at_once = batch_size if method == "generate" else batch_size // max(1, *(len(e.choices) for e in examples))
+        at_once = max(1, at_once)
+        starts = range(0, len(order), at_once)
         if progress:
             from tqdm.auto import tqdm
 
             starts = tqdm(starts, desc=f"{self.name} {split}", leave=False)
         with evaluating(model):
             for start in starts:
-                numbers = order[start : start + batch_size]
+                numbers = order[start : start + at_once]
                 batch = [examples[i] for i in numbers]
                 found = self._generated(model, batch, room) if method == "generate" else self._by_option(model, batch)
                 for i, answer in zip(numbers, found, strict=True):
