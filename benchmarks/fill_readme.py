@@ -97,11 +97,14 @@ def tuning() -> str:
         ]
         for row in metrics["table"]
     ]
+    wanted = len(settings["seeds"])
+    missing = any(row["seeds"] < wanted for row in metrics["table"] if row["arm"] != "zero_shot")
+    unfinished = f" The comparison is unfinished: it asks for {wanted} seeds an arm." if missing else ""
     head = ["arm", "seeds", "test accuracy", "test loss", "trainable"]
     return (
         f"Task {settings['task_name']}, split test ({settings['test_limit']} examples), {settings['steps']} steps of batch "
         f"{settings['batch_size']} for every tuned arm (mean ± sd over the seeds that were run); guessing: {metrics['chance']:.1%}. "
-        f"Zero-shot picks the likeliest option, the others write.\n\n" + table(head, rows)
+        f"Zero-shot picks the likeliest option, the others write.{unfinished}\n\n" + table(head, rows)
     )
 
 
