@@ -251,6 +251,9 @@ def _skipped_matrix(masks, num_sites: int) -> np.ndarray:
         if masks.ndim != 2 or masks.shape[1] != num_sites:
             raise ConfigError(f"Boolean masks must be (H, {num_sites}), True where skipped; got shape {masks.shape}.")
         return masks
+    masks = [list(mask) for mask in masks]
+    if any(isinstance(i, bool | np.bool_) for mask in masks for i in mask):
+        raise ConfigError("Masks of true and false must be one (H, L) array; as lists, name the skipped sites.")
     rows = [sorted(int(i) for i in mask) for mask in masks]
     out = np.zeros((len(rows), num_sites), dtype=bool)
     for h, row in enumerate(rows):

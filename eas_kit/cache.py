@@ -6,9 +6,13 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_HELD: set[Path] = set()  # claims that this process holds
+_WRITTEN_WITHIN = 10.0  # seconds between making a claim and writing its holder into it
 
 
 class Busy(Exception):
@@ -41,6 +45,7 @@ def cached(folder: str | Path, name: str, key: dict[str, Any], compute: Callable
         return result
     finally:
         claim.unlink(missing_ok=True)
+        _HELD.discard(claim.absolute())
 
 
 def _read(path: Path) -> dict | None:
@@ -52,6 +57,7 @@ def _take(claim: Path) -> None:
     for _ in range(2):
         try:
             with open(claim, "x", encoding="utf-8") as file:
+                _HELD.add(claim.absolute())
                 file.write(holder)
             return
         except FileExistsError:
@@ -62,13 +68,19 @@ def _take(claim: Path) -> None:
 
 
 def _abandoned(claim: Path) -> bool:
-    """True if the claim was made on this machine by a process that is no more."""
+    """True if the claim was made on this machine by a process that is no more, or by none that could say so."""
     try:
-        host, pid = claim.read_text(encoding="utf-8").split()
-    except (FileNotFoundError, ValueError):
+        written = claim.read_text(encoding="utf-8").split()
+        age = time.time() - claim.stat().st_mtime
+    except FileNotFoundError:
         return False
-    if host != socket.gethostname() or int(pid) == os.getpid():
+    if len(written) != 2:  # killed between making it and writing into it, or about to write
+        return age > _WRITTEN_WITHIN
+    host, pid = written
+    if host != socket.gethostname():
         return False
+    if int(pid) == os.getpid():  # restarted containers give the same names and numbers again
+        return claim.absolute() not in _HELD
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

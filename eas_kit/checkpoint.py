@@ -29,10 +29,25 @@ def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
+def complete(folder: str | Path) -> list[Path]:
+    """The complete checkpoints in `folder`, by step. Folders of other names are none of ours."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint in `folder`, or None."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return next(reversed(complete(folder)), None)
+
+
+def refuse_older(folder: str | Path) -> None:
+    """Raises TrainingError if `folder` holds checkpoints: a new run would mix its own with those of another."""
+    newest = latest(folder)
+    if newest is not None:
+        raise TrainingError(
+            f"output_dir {folder} holds the checkpoints of a run that got to {newest.name}. "
+            "Go on with it (resume=True), choose another output_dir, or delete them."
+        )
 
 
 def save(folder: str | Path, net: nn.Module, step: int, state: dict, identity: dict, keep: int, accelerator) -> Path:
@@ -52,7 +67,7 @@ def save(folder: str | Path, net: nn.Module, step: int, state: dict, identity: d
     if accelerator.is_main_process:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-        for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+        for old in [*complete(folder)[:-keep], *folder.glob("partial-*")]:  # those of killed runs, too
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return path

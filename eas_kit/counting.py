@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ConfigError
 from .masks import check_mask
+from .modes import eval_mode
 from .pia import PIA
 from .sites import find_sites, unwrap
 from .slots import skipping
@@ -82,14 +83,8 @@ def flops(
     if isinstance(inputs, Mapping):
         if tuple(mask):
             raise ConfigError("flops(net, inputs) counts the model as it stands; set net.mask instead of passing mask.")
-
-        was_training = unwrap(target).training
-        target.eval()  # as in a prefill: what stands in the inputs is the prompt
-        try:
-            with torch.no_grad():
-                return count_flops(target, lambda: target(**inputs))
-        finally:
-            target.train(was_training)
+        with eval_mode(target), torch.no_grad():  # as in a prefill: what stands in the inputs is the prompt
+            return count_flops(target, lambda: target(**inputs))
     tokens = tokens if inputs is None else int(inputs)
     config = target if not isinstance(target, nn.Module) else unwrap(target).config
     decoder = _meta_decoder(config)

@@ -21,6 +21,7 @@ from torch import nn
 from . import checkpoint
 from .config import LoopConfig
 from .errors import ConfigError, TrainingError
+from .modes import keeping_modes
 from .processes import Order, StopOnInterrupt, make_accelerator, recompute, recomputing
 from .sites import unwrap
 
@@ -69,7 +70,10 @@ class Loop:
         total_steps: int,
         callbacks: Iterable[Callable[[Event], Any]] = (),
         title: str = "train",
+        about: dict[str, Any] | None = None,
     ):
+        """about: what else tells this run from others, for the check on resuming."""
+        self.about = about or {}
         self.net, self.examples, self.collate, self.config = net, examples, collate, config
         self.total_steps, self.callbacks, self.title = total_steps, list(callbacks), title
         self.done, self.records, self.interrupted = 0, [], False
@@ -99,26 +103,31 @@ class Loop:
         """
         self._state = state
         before = checkpoint.rng_state()
-        base = unwrap(self.net)  # its modes count: a wrapper may have been made without setting its own
-        was_training, was_recomputing = base.training, recomputing(base)
+        base = unwrap(self.net)
+        was_recomputing = recomputing(base)
         self._started = time.perf_counter()
+        if self.config.output_dir and not self.config.resume:
+            checkpoint.refuse_older(self.config.output_dir)
         try:
             self._prepare()
             if self.config.resume:
                 self._resume(restore)
             self._first = self.done
-            with StopOnInterrupt(self.stop), self._progress() as self._bar:
+            with keeping_modes(self.net), StopOnInterrupt(self.stop), self._progress() as self._bar:
                 try:
                     yield self
                 except KeyboardInterrupt:
                     self.interrupted = True
+                except Exception:
+                    if self.config.output_dir and self._whole:  # a callback failed, the step before it did not
+                        self.save()
+                    raise
                 if self.config.output_dir and self._whole:
                     self.save()
         finally:
             self._release()
             if self.config.gradient_checkpointing and not was_recomputing:
                 recompute(base, False)
-            self.net.train(was_training)
             checkpoint.set_rng_state(before)
 
     def steps(self) -> Iterable[int]:
@@ -232,7 +241,8 @@ class Loop:
 
     def _identity(self) -> dict:
         world = self.accelerator.num_processes
-        return self.config.identity() | {"examples": len(self.examples), "processes": world, "loop": self.title}
+        run = {"examples": len(self.examples), "processes": world, "loop": self.title}
+        return self.config.identity() | run | self.about
 
     def _prepare(self) -> None:
         from transformers import get_scheduler

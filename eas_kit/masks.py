@@ -73,6 +73,12 @@ def read_mask(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def read_origin(path: str | Path) -> dict[str, Any]:
+    """Who chose the mask in `path`, and with which seed: made_by, seed."""
+    record = read_mask(path)
+    return {"made_by": record.get("made_by", "user"), "seed": record.get("seed")}
+
+
 def load_mask(path: str | Path, *, num_sites: int | None = None) -> tuple[int, ...]:
     """The skipped sites in `path`. With `num_sites`, ConfigError unless the mask was made for that many sites."""
     record = read_mask(path)

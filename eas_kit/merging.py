@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import MergeError, UnsupportedModelError
+from .modes import eval_mode
 from .pia import Factors, Route
 from .prompt import has_route
 from .sites import ATTENTION_READERS, FFN_READERS, readers
@@ -231,9 +232,7 @@ def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16)
         raise MergeError(
             f"check_merge: wanted max_new_tokens of 2 or more (the first token is prefill), got {max_new_tokens}"
         )
-    training = net.training
-    net.eval()
-    try:
+    with eval_mode(net):
 
         def decode(merge: bool, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
             options: dict[str, Any] = {"min_new_tokens": max_new_tokens}
@@ -256,8 +255,6 @@ def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16)
         same = torch.equal(tokens, merged_tokens)
         if not same:
             _, merged_logits = decode(merge=True, follow=tokens)
-    finally:
-        net.train(training)
     difference = (logits - merged_logits).abs().max().item()
     dtype = next(p.dtype for p in net.base.parameters() if p.is_floating_point())
     return MergeProof(

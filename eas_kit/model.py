@@ -28,10 +28,14 @@ from .sites import find_sites
 __all__ = ["EASModel", "attach", "detach", "load"]
 
 
+NOT_SEARCHED = {"made_by": "user", "seed": None}
+
+
 class EASModel(nn.Module):
     """The model with its adapters. Made by `attach` or `load`; the contract is in the methods' docstrings.
 
     Attributes: `base` (the transformers model), `config` (EASConfig), `sites` (list[Site]), `num_sites`,
+    `mask_origin` (made_by and seed of the present mask, for its file),
     `adapters` (nn.ModuleDict: site number, then "skip" or "keep"; all that is trained and saved).
     """
 
@@ -52,6 +56,7 @@ class EASModel(nn.Module):
             parameter.requires_grad_(False)
         self._seats = make_seats(base, sites)
         self._mask: tuple[int, ...] = ()
+        self.mask_origin: dict[str, Any] = dict(NOT_SEARCHED)
         self._merge: Merge | None = None
         self._prompt: Tensor | None = None  # (B, S) bool during a prefill or training forward
         self._inside = False  # a forward of the base model is running
@@ -84,7 +89,9 @@ class EASModel(nn.Module):
                 f"mask {list(mask)} skips all {len(attentions)} attentions; keep at least one, or nothing carries"
                 " information from one position to another and the KV cache has no length"
             )
-        self._mask = mask
+        for seat in self._seats:
+            seat.check_free()
+        self._mask, self.mask_origin = mask, dict(NOT_SEARCHED)
         self._fill_seats()
 
     def _fill_seats(self) -> None:
@@ -126,7 +133,7 @@ class EASModel(nn.Module):
             self._start_merge(output["past_key_values"])
 
     def _read_prompt(self, values: dict[str, Any]) -> Tensor | None:
-        first = next((seat.layer_idx for seat in self._seats if seat.active), None)
+        first = next((seat.layer_idx for seat in self._seats if seat.reads_prompt), None)
         if first is None:
             return None
         cache = values.get("past_key_values")

@@ -156,7 +156,10 @@ def choose(notebooks: Mapping[str, Notebook], wanted: Sequence[str]) -> list[Not
     for text in wanted:
         name = Path(text).name.removesuffix(".ipynb")
         matches = [name] if name in notebooks else [known for known in notebooks if known.startswith(name)]
-        if len(matches) == 1 and name:
+        if Path(text).is_file() and not any(Path(text).samefile(notebooks[known].path) for known in matches):
+            folder = next(iter(notebooks.values())).path.parent if notebooks else "the folder of notebooks"
+            unknown.append(f"{text} (not a notebook of {folder}; name another folder with --notebooks DIR)")
+        elif len(matches) == 1 and name:
             chosen.add(matches[0])
         else:
             unknown.append(f"{text} (could be {' or '.join(matches)})" if name and matches else text)

@@ -85,7 +85,7 @@ def probe_redundancy(
     model: nn.Module,
     task: Any,
     kinds: Sequence[str] = ("mha", "ffn"),
-    num_skipped: Sequence[int] = (1, 2, 4),
+    num_skipped: int | Sequence[int] = (1, 2, 4),
     trials: int = 5,
     seed: int = 0,
     split: str = "val",
@@ -103,6 +103,7 @@ def probe_redundancy(
     Raises ConfigError for an unknown kind, or a k that leaves no layer.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    num_skipped = (num_skipped,) if isinstance(num_skipped, int) else tuple(num_skipped)
     num_layers = len(find_sites(model))
     for kind in kinds:
         if kind not in KINDS:

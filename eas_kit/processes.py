@@ -91,4 +91,5 @@ class StopOnInterrupt:
 
     def __exit__(self, *exc) -> None:
         if self.installed:
-            signal.signal(signal.SIGINT, self.before or signal.default_int_handler)
+            # None: a handler that was not set from Python. SIG_DFL is 0, and must come back as it is.
+            signal.signal(signal.SIGINT, signal.default_int_handler if self.before is None else self.before)

@@ -1,4 +1,4 @@
-"""Adapters on disk: adapter_config.json, adapter_model.safetensors and mask.json, written all or nothing."""
+"""Adapters on disk: adapter_config.json, adapter_model.safetensors and mask.json, replaced together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from . import __version__
 from .config import EASConfig, read_json
 from .errors import ConfigError
-from .masks import load_mask, save_mask
+from .masks import load_mask, read_origin, save_mask
 
 if TYPE_CHECKING:
     from .model import EASModel
@@ -46,7 +46,10 @@ def base_name(base: nn.Module) -> str | None:
 
 
 def save_adapters(net: EASModel, folder: Path) -> None:
-    """Write the three files into a temporary folder beside `folder`, then rename: a crash leaves the old or the new."""
+    """Write the three files into a temporary folder beside `folder`, then rename: never old and new files mixed.
+
+    What else an existing `folder` holds is kept. If the second of the two renames fails, the old folder comes back.
+    """
     base = net.base
     about = {
         "peft_type": "EAS",
@@ -68,15 +71,30 @@ def save_adapters(net: EASModel, folder: Path) -> None:
         tensors = {name: value.detach().contiguous().cpu() for name, value in net.adapters.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         kind = "+".join(net.config.kinds)
-        save_mask(temporary / MASK_FILE, net.mask, num_sites=net.num_sites, kind=kind, model=base_name(base))
-        if folder.exists():
-            for file in temporary.iterdir():  # keep what else is in the folder
-                file.replace(folder / file.name)
-        else:
-            temporary.chmod(0o755)
-            temporary.rename(folder)
+        about_mask = {"num_sites": net.num_sites, "kind": kind, "model": base_name(base)}
+        save_mask(temporary / MASK_FILE, net.mask, **about_mask, **net.mask_origin)
+        _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`, which may exist; what only the old folder held moves over."""
+    new.chmod(folder.stat().st_mode if folder.exists() else 0o755)
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_name(new.name + ".old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    for file in list(old.iterdir()):
+        if not (folder / file.name).exists():
+            file.rename(folder / file.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_adapters(cls: type[EASModel], folder: Path, base: nn.Module | None, kwargs: dict[str, Any]) -> EASModel:
@@ -127,3 +145,4 @@ def _fill(net: EASModel, about: dict[str, Any], folder: Path) -> None:
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(f"load: {folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}") from error
     net.mask = load_mask(folder / MASK_FILE, num_sites=net.num_sites)
+    net.mask_origin = read_origin(folder / MASK_FILE)

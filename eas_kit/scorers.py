@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .errors import ConfigError
+from .modes import eval_mode
 from .probe import KINDS, single_site_sweep
 from .sites import find_sites, unwrap
 
@@ -125,23 +126,19 @@ def _change_of_stream(
         raise ConfigError(f"kind: wanted one of {KINDS}, got {kind!r}")
     examples = getattr(task, split)
     examples = [examples[i] for i in range(len(examples) if limit is None else min(limit, len(examples)))]
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     total, count = torch.zeros(len(find_sites(model)), dtype=torch.float64), 0
-    try:
-        with _streams(model) as streams:
-            for start in range(0, len(examples), batch_size):
-                batch = task.collate(examples[start : start + batch_size], answers=True)
-                batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                model(**batch)
-                seen = batch["attention_mask"].bool()
-                for layer, (before, between, after) in enumerate(streams):
-                    x, y = {"mha": (before, between), "ffn": (between, after), "layer": (before, after)}[kind]
-                    cosine = F.cosine_similarity(x.double(), y.double(), dim=-1)  # (B, S)
-                    total[layer] += (1 - cosine[seen]).sum().cpu()
-                count += int(seen.sum())
-    finally:
-        model.train(was_training)
+    with eval_mode(model), _streams(model) as streams:
+        for start in range(0, len(examples), batch_size):
+            batch = task.collate(examples[start : start + batch_size], answers=True)
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            model(**batch)
+            seen = batch["attention_mask"].bool()
+            for layer, (before, between, after) in enumerate(streams):
+                x, y = {"mha": (before, between), "ffn": (between, after), "layer": (before, after)}[kind]
+                cosine = F.cosine_similarity(x.double(), y.double(), dim=-1)  # (B, S)
+                total[layer] += (1 - cosine[seen]).sum().cpu()
+            count += int(seen.sum())
     return total / count
 
 

@@ -12,7 +12,18 @@ from .config import EASConfig
 from .errors import ConfigError, UnsupportedModelError
 from .pia import PIA
 from .sites import Site
-from .slots import BeforeAttention, Desk, SkippedAttention, SkippedFeedForward, SkippedNorm, StandIn, place, restore
+from .slots import (
+    BeforeAttention,
+    Desk,
+    NoAttention,
+    NoFeedForward,
+    SkippedAttention,
+    SkippedFeedForward,
+    SkippedNorm,
+    StandIn,
+    place,
+    restore,
+)
 
 
 class Seat:
@@ -31,6 +42,21 @@ class Seat:
     def active(self) -> bool:
         """True if an adapter of this layer reads the prompt."""
         return self.role is not None or self.names.ffn in self.placed
+
+    @property
+    def reads_prompt(self) -> bool:
+        """True if an adapter will read the prompt now: not in a block of `skipping` that took the attention away."""
+        return self.active and not isinstance(getattr(self.layer, self.names.attention), NoAttention)
+
+    def check_free(self) -> None:
+        """Raises ConfigError if a block of `skipping` holds one of the slots."""
+        for slot in (self.names.attention, self.names.ffn):
+            held = getattr(self.layer, slot)
+            if isinstance(held, NoAttention | NoFeedForward):
+                raise ConfigError(
+                    f"cannot set net.mask inside a block of skipping(...), which holds {slot} of layer"
+                    f" {self.layer_idx}; leave the block first"
+                )
 
     def fill(self, mask: tuple[int, ...], adapters: nn.ModuleDict, config: EASConfig, deliver: Callable) -> None:
         """Put in place what `mask` asks for; `deliver` is the pre-hook that brings the layer its prompt mask."""

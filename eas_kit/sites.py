@@ -136,6 +136,7 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
         for number, layer in enumerate(layers):
             names = layer_names(layer)
             norm = getattr(layer, names.norm_ffn)
+            norm = getattr(norm, "original", norm)  # below a stand-in
             if type(norm) not in offsets:
                 offsets[type(norm)] = gain_offset(norm)
             slot = names.attention if kind == "mha" else names.ffn

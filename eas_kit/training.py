@@ -24,6 +24,7 @@ from .errors import ConfigError, TrainingError
 from .loop import Event, Loop
 from .masks import save_mask
 from .processes import Order
+from .sites import unwrap
 
 Callback = Callable[[Event], Any]
 
@@ -61,9 +62,10 @@ class History:
 class SearchResult:
     """What `search` found.
 
-    `preferences` (L,) float64, lower = more redundant; `skipped`, the k candidates of lowest preference; `history`,
-    one dict per update (update, step, preferences, masks, losses, rewards, counts, skipped); `steps`, one dict per
-    training step; `interrupted`, True if it was stopped before the end.
+    `preferences` (L,) float64, lower = more redundant; `skipped`, the k candidates of lowest preference (none if it
+    was stopped before the first update); `history`, one dict per update (update, step, preferences, masks, losses,
+    rewards, counts, skipped); `steps`, one dict per training step; `interrupted`, True if it was stopped before the
+    end.
     """
 
     preferences: torch.Tensor
@@ -115,7 +117,13 @@ def fit(net: nn.Module, task, config: TrainConfig | None = None, callbacks: Iter
     per_step = config.batch_size * config.gradient_accumulation_steps
     total = config.max_steps or max(1, math.ceil(config.epochs * len(task.train) / per_step))
     mask = tuple(net.mask) if hasattr(net, "mask") else None
-    loop, began = Loop(net, task.train, task.collate, config, total, callbacks, "train"), time.perf_counter()
+    if mask is not None and hasattr(net, "trainable_parameters") and not net.trainable_parameters(active=True):
+        raise TrainingError(
+            f"Nothing to train: with mask {list(mask)} and adapt_rank {net.config.adapt_rank} no adapter is at work. "
+            "Set net.mask to the sites to skip, or attach with adapt_rank above 0."
+        )
+    about = _about(net, task) | {"mask": mask}
+    loop, began = Loop(net, task.train, task.collate, config, total, callbacks, "train", about), time.perf_counter()
     with loop.running():
         for _ in loop.steps():
             loop.train_step("train", mask)
@@ -143,17 +151,27 @@ def search(
     if len(task.search) == 0:
         raise TrainingError("task.search has no examples, so there is nothing to reward subnetworks with.")
     kinds = [site.kind for site in net.sites]
+    candidates = candidate_sites(config.candidates, kinds)
+    attentions = {i for i, kind in enumerate(kinds) if kind == "mha"}
+    may_go = set(range(len(kinds)) if candidates is None else candidates)
+    if attentions and attentions <= may_go and len(attentions) <= config.num_skipped < len(may_go):
+        raise ConfigError(
+            f"num_skipped={config.num_skipped} could skip all {len(attentions)} attentions, and one has to stay: "
+            "ask for fewer, or leave an attention out of SearchConfig.candidates."
+        )
+    before = net.mask
     bandit = Bandit(
         len(kinds),
         config.num_skipped,
         config.num_subnetworks,
         config.preference_lr,
         config.reward,
-        candidate_sites(config.candidates, kinds),
+        candidates,
         config.seed,
     )
     held_out = Order(len(task.search), config.seed, purpose=1)
-    loop = Loop(net, task.train, task.collate, config, config.total_steps, callbacks, "search")
+    about = _about(net, task)
+    loop = Loop(net, task.train, task.collate, config, config.total_steps, callbacks, "search", about)
     began = time.perf_counter()
 
     def update() -> None:
@@ -178,10 +196,13 @@ def search(
             trained = step + 1 - config.warmup_steps
             if trained > 0 and trained % config.train_steps_per_update == 0:
                 update()
-    net.mask = bandit.skipped
+    if bandit.history:
+        net.mask, net.mask_origin = bandit.skipped, {"made_by": "search", "seed": config.seed}
+    else:  # stopped before anything was compared: there is nothing to choose by
+        net.mask = before
     return SearchResult(
         preferences=bandit.preferences.clone(),
-        skipped=bandit.skipped,
+        skipped=bandit.skipped if bandit.history else (),
         history=bandit.history,
         steps=loop.records,
         interrupted=loop.interrupted,
@@ -189,6 +210,14 @@ def search(
         kinds=tuple(dict.fromkeys(kinds)),
         config=config.to_dict(),
     )
+
+
+def _about(net: nn.Module, task) -> dict[str, Any]:
+    """What a resumed run must share with the first besides its settings."""
+    found = {"task": getattr(task, "name", None), "model": type(unwrap(net)).__name__}
+    if hasattr(net, "adapters"):
+        found |= {f"adapters.{name}": value for name, value in net.config.to_dict().items()}
+    return found
 
 
 def candidate_sites(candidates: str | Iterable[int] | None, kinds: list[str]) -> list[int] | None:

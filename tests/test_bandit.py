@@ -92,6 +92,8 @@ def test_errors_name_what_came():
         update_preferences([0.0] * 4, [(0, 0), (1,)], [1.0, 2.0], 1.0)
     with pytest.raises(ConfigError, match=r"must be \(H, 4\)"):
         update_preferences([0.0] * 4, torch.zeros(2, 3, dtype=torch.bool), [1.0, 2.0], 1.0)
+    with pytest.raises(ConfigError, match=r"as lists, name the skipped sites"):
+        update_preferences([0.0] * 2, [[True, False], [False, True]], [1.0, 2.0], 1.0)
     with pytest.raises(ConfigError, match=r"preferences must be \(L,\)"):
         update_preferences(torch.zeros(2, 2), [(0,)], [1.0], 1.0)
     with pytest.raises(ConfigError, match="num_skipped must be between 1 and 4.*5 candidate sites; got 5"):

@@ -101,6 +101,26 @@ def test_claims_of_living_processes_are_respected_and_of_dead_ones_taken_over(tm
     assert not claim.exists()
 
 
+def test_claims_left_by_a_process_of_the_same_number_or_by_none(tmp_path):
+    def nested():  # a claim that this process does hold
+        with pytest.raises(Busy):
+            cached(tmp_path, "run", {}, lambda: {"value": 0})
+        return {"value": 1}
+
+    cached(tmp_path, "run", {}, nested)
+    path = next(tmp_path.glob("*.json"))
+    claim = path.with_suffix(".claim")
+    path.unlink()
+    claim.write_text(f"{cache.socket.gethostname()} {os.getpid()}")  # of a container before its restart
+    assert cached(tmp_path, "run", {}, lambda: {"value": 2}) == {"value": 2}
+    path.unlink()
+    claim.touch()
+    with pytest.raises(Busy):  # its maker may be about to write
+        cached(tmp_path, "run", {}, lambda: {"value": 3})
+    os.utime(claim, (0, 0))
+    assert cached(tmp_path, "run", {}, lambda: {"value": 3}) == {"value": 3}
+
+
 # -- the table -----------------------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,15 @@ def test_choice_is_in_reading_order_and_by_any_clear_name(books):
         names("07_x", "00", "9")
 
 
+def test_another_folders_notebook_of_the_same_name_is_not_taken_for_ours(books, tmp_path):
+    ours, other = books["01_probe"].path, tmp_path / "elsewhere" / "01_probe.ipynb"
+    other.parent.mkdir()
+    other.write_bytes(ours.read_bytes())
+    assert [book.name for book in choose(books, [str(ours)])] == ["01_probe"]
+    with pytest.raises(RunError, match=r"elsewhere/01_probe.ipynb \(not a notebook of .*--notebooks DIR"):
+        choose(books, [str(other)])
+
+
 def test_a_parameter_goes_to_the_notebooks_that_have_it(books):
     values = resolve(list(books.values()), {"seed": 11})
     assert values == {"00_start": {"seed": 11}, "01_probe": {"seed": 11}, "01_search": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ class TestAdapters:
         with pytest.raises(OSError, match="disk full"):
             net.save_pretrained(tmp_path / "net")
         assert {path.name: path.read_bytes() for path in (tmp_path / "net").iterdir()} == old
+        assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+    @pytest.mark.parametrize("failing", [1, 2])
+    def test_a_rename_that_fails_leaves_the_old_files(self, tmp_path, monkeypatch, failing):
+        net, folder = make_net((1, 3)), tmp_path / "net"
+        net.save_pretrained(folder)
+        (folder / "notes.txt").write_text("mine")
+        old = {path.name: path.read_bytes() for path in folder.iterdir()}
+        net.mask = [0]
+        rename, calls = Path.rename, []
+
+        def fails(self, target):
+            calls.append(self)
+            if len(calls) == failing:
+                raise OSError("busy")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="busy"):
+            net.save_pretrained(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
         assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
     def test_missing_files(self, tmp_path):

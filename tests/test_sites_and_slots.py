@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toys import LAYERS, WIDTH, make_llama, make_llava, snapshot, text_config
+from toys import LAYERS, WIDTH, make_llama, make_llava, snapshot, stir, text_config
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
 
+from eas_kit.config import EASConfig
 from eas_kit.errors import ConfigError, UnsupportedModelError
+from eas_kit.model import attach
 from eas_kit.sites import describe, find_sites, gain_offset
 from eas_kit.slots import skipping
 
@@ -40,6 +42,14 @@ def test_describe():
     assert table.params[0] == sum(p.numel() for p in attention.parameters())
     assert table.mergeable.tolist() == [True] * LAYERS + [False] * LAYERS
     assert (table.norm[0], table.ffn[0]) == ("LlamaRMSNorm", "LlamaMLP")
+
+
+def test_describe_sees_through_a_mask():
+    model = make_llama()
+    plain = describe(model)
+    net = attach(model, EASConfig(skip_rank=6, adapt_rank=4))
+    net.mask = [1, 3]
+    assert describe(net).equals(plain)
 
 
 def test_describe_says_why_a_layer_cannot_merge():
@@ -139,6 +149,22 @@ def test_generate_while_skipping_needs_no_cache_of_the_skipped(mask, make_prompt
     with skipping(model, mha=mask):
         cached = model.generate(**prompts, max_new_tokens=7, do_sample=False)
         assert torch.equal(cached, model.generate(**prompts, max_new_tokens=7, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("mask", [(0,), (0, 2)])
+def test_skipping_and_a_mask_know_of_each_other(mask, make_prompts):
+    net, prompts = attach(make_llava(), EASConfig(skip_rank=6, adapt_rank=4)).eval(), make_prompts()
+    stir(net.adapters)
+    net.mask = [3]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    before = net.generate(**prompts, **options)
+    with skipping(net, mha=mask):
+        with pytest.raises(ConfigError, match=r"cannot set net.mask inside a block of skipping.*self_attn of layer 0"):
+            net.mask = [1]
+        assert net.mask == (3,)
+        cached = net.generate(**prompts, **options)
+        assert torch.equal(cached, net.generate(**prompts, **options, use_cache=False))
+    assert torch.equal(net.generate(**prompts, **options), before)
 
 
 def test_modes_follow_a_module_that_is_swapped_out():

@@ -262,3 +262,13 @@ def test_errors_name_what_exists(processor):
         load_task("chess", processor)
     with pytest.raises(TaskError, match="there is no 'dev'"):
         load_task("digits", processor).split("dev")
+    with pytest.raises(TaskError, match="digits: limit is a number of examples from 1 up, or None for all; not 0"):
+        load_task("digits", processor).split("val", 0)
+    for name in ("definitions", "digits", "elements", "reading"):
+        with pytest.raises(TaskError, match=f"{name}: sizes are by split, train, search, val, test; there is no tset"):
+            load_task(name, processor, sizes={"tset": 3})
+        with pytest.raises(TaskError, match=f"{name}: the size of val is a whole number from 1 up, not 0"):
+            load_task(name, processor, sizes={"val": 0})
+        assert len(load_task(name, processor, sizes={"val": 7}).val) == 7
+    with pytest.raises(TaskError, match="ask for no more in test"):
+        load_task("definitions", processor, sizes={"test": 301})

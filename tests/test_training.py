@@ -197,7 +197,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(toy_task, tmp_path):
     whole = make_net()
     eas.fit(whole, toy_task, train_config())
 
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     def die(event):
@@ -226,8 +226,53 @@ def test_resuming_another_run_is_refused(toy_task, tmp_path):
     eas.fit(make_net(), toy_task, train_config(output_dir=tmp_path))
     with pytest.raises(TrainingError, match=r"another run: learning_rate \(saved 0.01, now 0.5\)"):
         eas.fit(make_net(), toy_task, train_config(output_dir=tmp_path, resume=True, learning_rate=0.5))
-    with pytest.raises(TrainingError, match=r"other trainable weights than this model"):
+    with pytest.raises(TrainingError, match=r"another run: adapters.skip_rank \(saved 6, now 8\)"):
         eas.fit(make_net(skip_rank=8), toy_task, train_config(output_dir=tmp_path, resume=True))
+    other = make_net()
+    other.mask = [3]
+    with pytest.raises(TrainingError, match=r"another run: mask \(saved \[\], now \[3\]\)"):
+        eas.fit(other, toy_task, train_config(output_dir=tmp_path, resume=True))
+    eas.fit(toys.make_llava(), toy_task, train_config(output_dir=tmp_path / "plain"))
+    frozen = toys.make_llava()
+    frozen.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(TrainingError, match=r"other trainable weights than this model: .*embed_tokens"):
+        eas.fit(frozen, toy_task, train_config(output_dir=tmp_path / "plain", resume=True))
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_an_older_ones(toy_task, tmp_path):
+    eas.fit(make_net(), toy_task, train_config(output_dir=tmp_path))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(TrainingError, match=r"holds the checkpoints of a run that got to checkpoint-00000006.*resume"):
+        eas.fit(make_net(), toy_task, train_config(output_dir=tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_pruning_takes_only_its_own_folders(toy_task, tmp_path):
+    for name in ("checkpoint-best", "partial-00000003"):  # the user's own; what a killed run left
+        (tmp_path / name).mkdir(parents=True)
+    config = train_config(output_dir=tmp_path, checkpoint_every=2, keep_checkpoints=1)
+    eas.fit(make_net(), toy_task, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000006", "checkpoint-best"]
+
+
+def test_a_failing_callback_leaves_a_checkpoint(toy_task, tmp_path):
+    def fail(event):
+        if event.step == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        eas.fit(make_net(), toy_task, train_config(output_dir=tmp_path), callbacks=[fail])
+    assert checkpoint.latest(tmp_path).name == "checkpoint-00000003"
+
+
+def test_modes_come_back_module_by_module(toy_task):
+    net = make_net()
+    net.train()
+    net.base.model.vision_tower.eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    assert set(modes.values()) == {True, False}
+    eas.fit(net, toy_task, train_config(max_steps=1))
+    assert {name: module.training for name, module in net.named_modules()} == modes
 
 
 def test_nan_stops_before_the_step_and_keeps_the_checkpoint(toy_task, tmp_path):
@@ -281,6 +326,8 @@ def test_what_cannot_be_trained_is_refused(toy_task):
         eas.fit(make_net(), empty, train_config())
     with pytest.raises(TrainingError, match=r"no answer token"):
         answer_tokens({"labels": torch.full((2, 5), -100)})
+    with pytest.raises(TrainingError, match=r"with mask \[\] and adapt_rank 0 no adapter is at work. Set net.mask"):
+        eas.fit(make_net(adapt_rank=0), toy_task, train_config())
 
 
 # -- search --------------------------------------------------------------------------------------------------------
@@ -411,6 +458,33 @@ def test_search_refuses_what_it_cannot_search(toy_task):
     empty.search = []
     with pytest.raises(TrainingError, match=r"task.search has no examples"):
         eas.search(make_net(), empty, search_config())
+
+
+def test_a_search_that_compared_nothing_chooses_nothing(toy_task):
+    net = make_net()
+    net.mask = [4]
+    result = eas.search(net, toy_task, search_config(), callbacks=[interrupt_after(2)])
+    assert result.interrupted and result.history == [] and result.skipped == ()
+    assert net.mask == (4,)
+
+
+def test_one_attention_always_stays(toy_task):
+    net = make_net(kinds=("mha", "ffn"))
+    with pytest.raises(ConfigError, match="num_skipped=5 could skip all 5 attentions, and one has to stay"):
+        eas.search(net, toy_task, search_config(num_skipped=5))
+    result = eas.search(net, toy_task, search_config(num_skipped=5, candidates=(0, 1, 2, 3, 5, 6, 7, 8, 9)))
+    assert len(result.skipped) == 5
+
+
+def test_the_saved_mask_knows_the_search(toy_task, tmp_path):
+    net = make_net()
+    eas.search(net, toy_task, search_config(seed=2))
+    net.save_pretrained(tmp_path / "searched")
+    assert {"made_by": "search", "seed": 2}.items() <= read_mask(tmp_path / "searched" / "mask.json").items()
+    assert eas.load(tmp_path / "searched", base=toys.make_llava()).mask_origin == {"made_by": "search", "seed": 2}
+    net.mask = [0]
+    net.save_pretrained(tmp_path / "mine")
+    assert {"made_by": "user", "seed": None}.items() <= read_mask(tmp_path / "mine" / "mask.json").items()
 
 
 def test_result_is_saved_as_json(toy_task, tmp_path):

@@ -21,7 +21,7 @@ def load_task(name: str, processor, **settings):
     Args:
         name: one of "definitions", "digits", "elements", "reading".
         processor: as ``eas.load_model`` returns it.
-        settings: passed to the task (``sizes={"test": 200}``, ``seed=1``, ...).
+        settings: passed to the task: ``sizes={"test": 200}``; those with random questions also take ``seed=1``.
 
     Raises:
         TaskError: for a name that does not exist, listing those that do.

@@ -6,12 +6,13 @@ text (``parse``); collating, generation, scoring by teacher forcing and the repo
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import BatchFeature
 
 from eas_kit.errors import TaskError
+from eas_kit.modes import eval_mode
 
 ROLES = ("train", "search", "val", "test")
 IGNORED = -100  # the label of positions that carry no loss
@@ -58,14 +60,14 @@ class Generated(Sequence):
 @contextmanager
 def evaluating(model) -> Iterator[None]:
     """Dropout off and no gradients inside; the mode of every module comes back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.inference_mode():
+        yield
+
+
+def said_answer(text: str) -> str | None:
+    """What stands between "The answer is" and the full stop, in lower case; None where there is no such thing."""
+    found = re.search(r"The answer is (.+?)(?:\.|$)", text)
+    return found[1].strip().lower() if found else None
 
 
 class Task:
@@ -89,6 +91,16 @@ class Task:
     def __init__(self, processor):
         self.processor = processor
         self.tokenizer = processor.tokenizer
+
+    def set_splits(self, make: Callable[[str, int], Example], sizes: Mapping[str, int], given: Mapping | None) -> None:
+        """The four splits, from `make(role, i)`: with the task's `sizes`, or those that are `given` by role."""
+        unknown = [role for role in given or {} if role not in ROLES]
+        if unknown:
+            raise TaskError(f"{self.name}: sizes are by split, {', '.join(ROLES)}; there is no {', '.join(unknown)}")
+        for role, size in {**sizes, **(given or {})}.items():
+            if not isinstance(size, int) or size < 1:
+                raise TaskError(f"{self.name}: the size of {role} is a whole number from 1 up, not {size!r}")
+            setattr(self, role, Generated(partial(make, role), size))
 
     # ------------------------------------------------------------------ what a task defines
     def question_text(self, example: Example) -> str:
@@ -171,6 +183,8 @@ class Task:
         """The first ``limit`` examples of a role; raises TaskError for a role that does not exist."""
         if role not in ROLES:
             raise TaskError(f"{self.name} has the splits {', '.join(ROLES)}; there is no {role!r}")
+        if limit is not None and limit < 1:
+            raise TaskError(f"{self.name}: limit is a number of examples from 1 up, or None for all; not {limit}")
         examples = getattr(self, role)
         return examples if limit is None else examples[:limit]
 

@@ -6,9 +6,11 @@ impossible, so ``accuracy`` here is the share of target tokens that are the most
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from eas_kit.errors import TaskError
 from eas_kit.tasks.base import ROLES, Example, Task
 
 # 1,000 of the definitions of WordNet 3.0 held out from pretraining; licence at the head of the file
@@ -23,19 +25,19 @@ class Definitions(Task):
     template = "word: definition"
     parser = "none: share of target tokens that are the most likely one"
 
-    def __init__(self, processor):
+    def __init__(self, processor, sizes: dict[str, int] | None = None):
         super().__init__(processor)
         lines = [line for line in _FILE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-        start = 0
-        for role in ROLES:
-            part = lines[start : start + _SHARES[role]]
-            setattr(self, role, [self._make(f"{role}-{i}", line) for i, line in enumerate(part)])
-            start += _SHARES[role]
+        ends = list(accumulate(_SHARES.values()))
+        self._lines = {role: lines[end - _SHARES[role] : end] for role, end in zip(ROLES, ends, strict=True)}
+        self.set_splits(self._make, _SHARES, sizes)
+        too_many = [role for role in ROLES if len(getattr(self, role)) > _SHARES[role]]
+        if too_many:
+            raise TaskError(f"{self.name}: there are {_SHARES} definitions; ask for no more in {', '.join(too_many)}")
 
-    @staticmethod
-    def _make(number: str, line: str) -> Example:
-        word, gloss = line.split(": ", 1)
-        return Example(id=number, question=f"{word}:", answer=gloss, categories=("TXT",))
+    def _make(self, role: str, i: int) -> Example:
+        word, gloss = self._lines[role][i].split(": ", 1)
+        return Example(id=f"{role}-{i}", question=f"{word}:", answer=gloss, categories=("TXT",))
 
     def prompt_text(self, example: Example) -> str:
         return example.question

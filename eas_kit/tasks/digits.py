@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
-from eas_kit.tasks.base import ROLES, Example, Generated, Task
+from eas_kit.tasks.base import ROLES, Example, Task, said_answer
 from eas_kit.tasks.digit_images import draw_board
 
 SIZES = {"train": 20_000, "search": 500, "val": 500, "test": 1_000}
@@ -25,8 +23,7 @@ class Digits(Task):
     def __init__(self, processor, sizes: dict[str, int] | None = None, seed: int = 0):
         super().__init__(processor)
         self.seed = seed
-        for role, size in {**SIZES, **(sizes or {})}.items():
-            setattr(self, role, Generated(lambda i, role=role: self._make(role, i), size))
+        self.set_splits(self._make, SIZES, sizes)
 
     def _make(self, role: str, i: int) -> Example:
         rng = np.random.default_rng((self.seed, 1, ROLES.index(role), i))
@@ -77,10 +74,7 @@ class Digits(Task):
         return f" The answer is {example.answer}.", rest
 
     def parse(self, text: str, example: Example) -> str | None:
-        found = re.search(r"The answer is (.+?)(?:\.|$)", text)
-        if not found:
-            return None
-        said = found[1].strip().lower()
+        said = said_answer(text)
         if not example.choices:
             return said or None
         return next((c for c in example.choices if c.lower() == said), None)

@@ -7,12 +7,10 @@ to bind a letter to its option.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from eas_kit.errors import TaskError
-from eas_kit.tasks.base import ROLES, Example, Generated, Task
+from eas_kit.tasks.base import ROLES, Example, Task, said_answer
 from eas_kit.tasks.digit_images import draw_number
 from eas_kit.tasks.periodic_table import ATTRIBUTES, Element, elements, values
 from eas_kit.tasks.statements import fact
@@ -62,8 +60,7 @@ class Elements(Task):
         self.seed, self.order = seed, order
         self.template = ORDERS[order]
         self._pairs = self._deal_pairs(disjoint_facts)
-        for role, size in {**SIZES, **(sizes or {})}.items():
-            setattr(self, role, Generated(lambda i, role=role: self._make(role, i), size))
+        self.set_splits(self._make, SIZES, sizes)
 
     @staticmethod
     def _deal_pairs(disjoint: bool) -> dict[str, dict[str, list[Element]]]:
@@ -120,10 +117,7 @@ class Elements(Task):
         return answer, f" BECAUSE: {example.explanation}"
 
     def parse(self, text: str, example: Example) -> str | None:
-        found = re.search(r"The answer is (.+?)(?:\.|$)", text)
-        if not found:
-            return None
-        said = found[1].strip().lower()
+        said = said_answer(text)
         return next((c for c in example.choices if c.lower() == said), None)
 
 

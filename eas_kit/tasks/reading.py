@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eas_kit.tasks.base import ROLES, Example, Generated, Task
+from eas_kit.tasks.base import ROLES, Example, Task
 from eas_kit.tasks.digit_images import draw_board, draw_number
 from eas_kit.tasks.periodic_table import elements
 from eas_kit.tasks.statements import board_statement, fact, known
@@ -28,8 +28,7 @@ class Reading(Task):
     def __init__(self, processor, sizes: dict[str, int] | None = None, seed: int = 0, kinds: tuple[str, ...] = KINDS):
         super().__init__(processor)
         self.seed, self.kinds = seed, tuple(kinds)
-        for role, size in {**SIZES, **(sizes or {})}.items():
-            setattr(self, role, Generated(lambda i, role=role: self._make(role, i), size))
+        self.set_splits(self._make, SIZES, sizes)
 
     def _make(self, role: str, i: int) -> Example:
         rng = np.random.default_rng((self.seed, 2, ROLES.index(role), i))
