@@ -11,7 +11,7 @@ from .errors import ConfigError
 
 METHODS = ("zero_shot", "full", "lora", "pia")
 CHOICES = ("bandit", "random", "scorer")
-LEARNING_RATES = {"full": 1e-3, "lora": 5e-3, "pia": 1e-2}
+LEARNING_RATES = {"full": 5e-4, "lora": 3e-3, "pia": 1e-2}
 
 
 @dataclass(frozen=True)

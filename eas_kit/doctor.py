@@ -177,7 +177,7 @@ def _weights(findings: Findings) -> None:
         findings.machine["tiny model"] = "missing"
         findings.problems.append(
             f"the bundled model lacks {', '.join(missing)} in {WEIGHTS}: install the package again, "
-            "or make it with python -m eas_kit.models.tiny"
+            "or make it with `python -m eas_kit.models.tiny --out DIR` and move DIR/weights there"
         )
     else:
         size = (WEIGHTS / "model.safetensors").stat().st_size / 2**20

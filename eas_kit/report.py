@@ -42,7 +42,7 @@ def write_results(
     metrics: Mapping[str, Any],
     parameters: Mapping[str, Any] | None = None,
     seed: int | None = None,
-    device: str | None = None,
+    device: Any = "cpu",
     **extra: Any,
 ) -> Path:
     """Write ``run_dir/notebook/results.json`` and return its path.
@@ -51,7 +51,7 @@ def write_results(
         notebook: the notebook's name without ``.ipynb``, "01_probe_redundancy".
         metrics: numbers, texts, lists and dicts of them, pandas tables (kept as lists of rows), arrays and tensors.
             Not-a-number and infinity become null, which JSON has and they are not.
-        device: found out when not given.
+        device: where the model was, ``base.device``.
         extra: more top-level entries, for example ``splits=...``. ``summary=``, a sentence or a list of them, stands
             first on the index page.
 
@@ -63,7 +63,7 @@ def write_results(
         "notebook": notebook,
         "written": now(),
         "seed": seed,
-        "device": device if device is not None else device_name(),
+        "device": device_name(device),
         "versions": versions(),
         "parameters": dict(parameters or {}),
         "metrics": dict(metrics),
@@ -104,15 +104,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name() -> str:
-    """ "cpu (2 cores)" or "cuda (NVIDIA ...)"."""
+def device_name(device: Any = "cpu") -> str:
+    """ "cpu (2 threads)" or "cuda:0 (NVIDIA ...)", of a torch.device or of its name."""
     import torch
 
-    if torch.cuda.is_available():
-        return f"cuda ({torch.cuda.get_device_name()})"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
 def now() -> str:

@@ -201,7 +201,7 @@ def test_runs_headless(path, shared_run):
     assert results["notebook"] == path.stem
     assert results["metrics"]
     assert isinstance(results["seed"], int)
-    assert set(results["parameters"]) <= set(read_notebook(path).defaults) - {RUN_DIR}
+    assert set(results["parameters"]) | {"seed"} == set(read_notebook(path).defaults) - {RUN_DIR}
     check_executed(shared_run / f"{path.stem}.ipynb")
 
 

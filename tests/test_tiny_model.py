@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from transformers import BertConfig
 
 import eas_kit as eas
 from eas_kit.errors import EASError, TaskError, TrainingError
@@ -55,6 +56,11 @@ def test_same_path_for_any_folder(tiny, tmp_path):
     processor.save_pretrained(tmp_path)
     again, _ = eas.load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "text")
+    with pytest.raises(EASError, match=r"give device='cpu' or device_map='auto', not both"):
+        eas.load_model(tmp_path, device="cpu", device_map="auto")
+    with pytest.raises(EASError, match=r"is not a model that reads images and text.*attach, probe and search"):
+        eas.load_model(tmp_path / "text")
     with pytest.raises(EASError, match=r"no model .*nowhere.* not bundled \(tiny\)"):
         eas.load_model(tmp_path / "nowhere", local_files_only=True)
 

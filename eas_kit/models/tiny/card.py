@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+_PROBED = ("reading", "definitions")
 _CARD = """\
 ---
 license: apache-2.0
@@ -47,11 +49,19 @@ Measured by `python -m eas_kit.models.tiny --out DIR --score`, split test, seed 
 
 Loss on held-out definitions: {definitions:.2f} a token ({definitions_accuracy:.0%} of tokens are the most likely one).
 
-Loss change when one attention or feed-forward is skipped (split val, 150 examples, no tuning):
+Loss change when one attention or feed-forward is skipped (split val, 150 examples, no tuning). Sites that
+cost more than 0.05: {heavy}.
 
 | layer | {layers} |
 | --- |{rule}
 {sites}
+
+## Tuned with and without attentions
+
+Notebook 03's comparison, `eas-kit run 03_train_pia --params notebooks/params/full.yaml`; the table is written by
+`benchmarks/fill_readme.py`.
+
+{tuning}
 
 ## Limits
 
@@ -59,6 +69,22 @@ It knows nothing but the above. It reads one picture a question, with unscaled d
 does not follow instructions, does not chat, and cannot bind option letters: answers are the options' texts. WordNet's
 definitions contain dated and offensive words, so its text can, too.
 """
+
+
+def _heavy(found: dict[str, Any]) -> str:
+    """How many sites cost more than 0.05 alone, in words."""
+    counts = [
+        " and ".join(f"{sum(x > 0.05 for x in found[f'sites, {task}'][key])} on {task}" for task in _PROBED)
+        for key in ("mha", "ffn")
+    ]
+    return f"attentions {counts[0]}, feed-forwards {counts[1]}"
+
+
+def _kept_tuning(card: Path) -> str:
+    """The block of numbers that another script wrote into the card, or an empty one to be filled."""
+    block = re.compile(r"<!-- numbers:tuning -->\n.*?<!-- /numbers:tuning -->", re.DOTALL)
+    found = block.search(card.read_text()) if card.exists() else None
+    return found[0] if found else "<!-- numbers:tuning -->\n<!-- /numbers:tuning -->"
 
 
 def write_card(folder: Path, found: dict[str, Any], minutes: str) -> None:
@@ -78,7 +104,7 @@ def write_card(folder: Path, found: dict[str, Any], minutes: str) -> None:
     layers = len(found["sites, reading"]["mha"])
     sites = [
         f"| {kind}, {task} | " + " | ".join(f"{x:+.2f}" for x in found[f"sites, {task}"][key]) + " |"
-        for task in ("reading", "definitions")
+        for task in _PROBED
         for kind, key in (("attention", "mha"), ("feed-forward", "ffn"))
     ]
     text = _CARD.format(
@@ -96,5 +122,7 @@ def write_card(folder: Path, found: dict[str, Any], minutes: str) -> None:
         layers=" | ".join(map(str, range(layers))),
         rule=" --- |" * layers,
         sites="\n".join(sites),
+        heavy=_heavy(found),
+        tuning=_kept_tuning(folder / "README.md"),
     )
     (folder / "README.md").write_text(text)

@@ -29,7 +29,9 @@ from eas_kit.models.tiny.corpus import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights, together with the versions of torch and transformers."""
+    """What decides the weights, together with the versions of torch and transformers, the number of threads, and
+    whether the processor multiplies in bfloat16: on the same machine a second run gives the same weights bit for bit,
+    on another kind of machine a model of the same quality."""
 
     vision_steps: int = 300  # of the vision tower alone, 32 boards each
     seeing_steps: int = 500  # of the whole model, on pictures alone

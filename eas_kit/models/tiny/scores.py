@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eas_kit.arms import LEARNING_RATES
 from eas_kit.config import TrainConfig
 from eas_kit.models import load_model
 from eas_kit.probe import single_site_sweep
 from eas_kit.tasks import load_task
 from eas_kit.training import fit
 
-FULL_TUNING = {"max_steps": 600, "batch_size": 8, "learning_rate": 5e-4, "lr_warmup_steps": 20}
+FULL_TUNING = {"max_steps": 600, "batch_size": 8, "learning_rate": LEARNING_RATES["full"], "lr_warmup_steps": 20}
 
 
 def score(folder: Path, seed: int = 0, tune: bool = True) -> dict[str, Any]:
