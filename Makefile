@@ -45,7 +45,7 @@ test: $(TEST_STAMP)  ## unit tests, conformance tests and every notebook with sm
 	$(BIN)/python -m pytest -m "not browser and not gpu" $(PYTEST_ARGS)
 
 test-browser: $(BROWSER_STAMP)  ## the tests that click in a real JupyterLab (needs chromium)
-	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none yet
 
 test-all: $(BROWSER_STAMP)  ## both
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
@@ -72,7 +72,7 @@ doctor: $(BASE_STAMP)  ## versions, device, memory, missing parts
 	$(BIN)/eas-kit doctor
 
 clean:  ## remove the environment, caches and build leftovers (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE_STAMP): pyproject.toml constraints.txt
