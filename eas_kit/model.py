@@ -91,7 +91,8 @@ class EASModel(nn.Module):
             )
         for seat in self._seats:
             seat.check_free()
-        self._mask, self.mask_origin = mask, dict(NOT_SEARCHED)
+        if mask != self._mask:
+            self._mask, self.mask_origin = mask, dict(NOT_SEARCHED)
         self._fill_seats()
 
     def _fill_seats(self) -> None:

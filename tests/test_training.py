@@ -482,6 +482,8 @@ def test_the_saved_mask_knows_the_search(toy_task, tmp_path):
     net.save_pretrained(tmp_path / "searched")
     assert {"made_by": "search", "seed": 2}.items() <= read_mask(tmp_path / "searched" / "mask.json").items()
     assert eas.load(tmp_path / "searched", base=toys.make_llava()).mask_origin == {"made_by": "search", "seed": 2}
+    net.mask = net.mask  # the same mask is the search's still
+    assert net.mask_origin["made_by"] == "search"
     net.mask = [0]
     net.save_pretrained(tmp_path / "mine")
     assert {"made_by": "user", "seed": None}.items() <= read_mask(tmp_path / "mine" / "mask.json").items()
