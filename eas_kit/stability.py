@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def rank_correlation(one: Sequence[float] | torch.Tensor, other: Sequence[float] | torch.Tensor) -> float:
     """Spearman's rho of two rankings of the same sites, ties by mean rank; nan if one of them is all ties."""
-    ranks = [_ranks(np.asarray(torch.as_tensor(values, dtype=torch.float64))) for values in (one, other)]
+    ranks = [_ranks(np.array([float(v) for v in values])) for values in (one, other)]
     if len(ranks[0]) != len(ranks[1]):
         raise ConfigError(f"Rankings of the same sites are wanted; got {len(ranks[0])} and {len(ranks[1])} sites.")
     first, second = (values - values.mean() for values in ranks)

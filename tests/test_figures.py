@@ -239,6 +239,10 @@ def test_agreement_of_masks_is_the_shared_part():
 def test_agreement_of_scores_is_spearman():
     a, b = np.array([0.1, 0.5, 0.2, 0.9]), np.array([3.0, 1.0, 2.0, 0.5])
     fig = f.agreement_matrix({"a": a, "b": b, "a cubed": a**3})
+    assert list(fig.layout.xaxis.ticktext) == ["a", "b", "a<br>cubed"]
+    long = f.agreement_matrix({"a": a, "single_ablation": b})  # a column's label must not be wider than the column
+    assert list(long.layout.xaxis.ticktext) == ["1", "2"]
+    assert list(long.layout.yaxis.ticktext) == ["a  1", "single_ablation  2"]
     expected = pd.DataFrame({"a": a, "b": b, "c": a**3}).corr("spearman")
     np.testing.assert_allclose(fig.data[0].z, expected, atol=1e-3)
 

@@ -11,6 +11,7 @@ from .style import (
     DIVERGING,
     GREY,
     INK,
+    LETTER,
     METRICS,
     SEQUENTIAL,
     VERMILLION,
@@ -124,7 +125,12 @@ def agreement_matrix(
     )
     pairs = matrix[~np.eye(len(names), dtype=bool)]
     signed = float(np.nanmin(matrix)) < 0
-    room, side = label_room(names), max(36, min(54, 420 // len(names)))
+    side = max(36, min(54, 420 // len(names)))
+    rows, columns = names, [name.replace(" ", "<br>") for name in names]
+    if max(len(word) for name in names for word in name.split() or [""]) * LETTER > side:  # would be turned and cut off
+        columns = [str(number) for number in range(1, len(names) + 1)]
+        rows = [f"{name}  {number}" for name, number in zip(names, columns, strict=True)]
+    room = label_room(rows)
     fig = new_figure(
         title or f"Agreement: {said}",
         f"mean over pairs {np.nanmean(pairs):.2f}, range {np.nanmin(pairs):.2f} to {np.nanmax(pairs):.2f}"
@@ -152,8 +158,8 @@ def agreement_matrix(
     )
     at, end = list(range(len(names))), len(names) - 0.5
     fig.update_layout(
-        xaxis=axis(tickvals=at, ticktext=[name.replace(" ", "<br>") for name in names], range=[-0.5, end], **BARE),
-        yaxis=axis(tickvals=at, ticktext=names, range=[end, -0.5], **BARE),
+        xaxis=axis(tickvals=at, ticktext=columns, range=[-0.5, end], **BARE),
+        yaxis=axis(tickvals=at, ticktext=rows, range=[end, -0.5], **BARE),
     )
     return fig
 

@@ -255,6 +255,9 @@ def percent(metric: str, span: float = 1.0) -> dict:
     return {"tickformat": ".0%" if span > 0.06 else ".1%"} if "accuracy" in metric else {}
 
 
+LETTER = 6.6  # pixels, about, of a letter of a label
+
+
 def label_room(names: Iterable[Any], least: int = 64) -> int:
     """Pixels that the longest row label takes."""
-    return max(least, 22 + round(6.6 * max((len(str(name)) for name in names), default=0)))
+    return max(least, 22 + round(LETTER * max((len(str(name)) for name in names), default=0)))
