@@ -119,7 +119,9 @@ class Loop:
                 except KeyboardInterrupt:
                     self.interrupted = True
                 except Exception:
-                    if self.config.output_dir and self._whole:  # a callback failed, the step before it did not
+                    # A callback failed, the step before it did not. In several processes the others know nothing of it
+                    # and would not join in the saving.
+                    if self.config.output_dir and self._whole and self.accelerator.num_processes == 1:
                         self.save()
                     raise
                 if self.config.output_dir and self._whole:
