@@ -125,7 +125,7 @@ def latency() -> str:
     worst, count = found["metrics"]["largest relative difference"], found["metrics"]["prompts"]
     return (
         f"Speed against the dense model (above 1 is faster): median ratio of {settings['repeats']} rounds in which all variants "
-        f"run in turn, {settings['new_tokens']} new tokens, {settings['threads']} thread, {found['device']}. Merged prefill "
+        f"run in turn, {settings['new_tokens']} new tokens, {found['device']}. Merged prefill "
         f"includes the folding. Merged against unmerged logits: at most {worst:.1e} of their scale on {count} prompts.\n\n"
         + table(head, rows)
     )
