@@ -96,6 +96,13 @@ def tuning() -> str:
         ]
         for row in metrics["table"]
     ]
+    test = {row["arm"]: 100 * row["test_accuracy"] for row in metrics["table"]}
+    beside = "; ".join(
+        f"k={k}: {test[f'pia k={k} bandit'] - test['pia']:+.1f} points against nothing skipped, "
+        f"{test[f'pia k={k} bandit'] - test[f'pia k={k} random']:+.1f} against random, "
+        f"{test[f'pia k={k} bandit'] - test[f'pia k={k} scorer']:+.1f} against the scorer"
+        for k in settings["num_skipped"]
+    )
     wanted = len(settings["seeds"])
     missing = any(row["seeds"] < wanted for row in metrics["table"] if row["arm"] != "zero_shot")
     unfinished = f" The comparison is unfinished: it asks for {wanted} seeds an arm." if missing else ""
@@ -103,7 +110,10 @@ def tuning() -> str:
     return (
         f"Task {settings['task_name']}, split test ({settings['test_limit']} examples), {settings['steps']} steps of batch "
         f"{settings['batch_size']} for every tuned arm (mean ± sd over the seeds that were run); guessing: {metrics['chance']:.1%}. "
-        f"Zero-shot picks the likeliest option, the others write.{unfinished}\n\n" + table(head, rows)
+        f"Zero-shot picks the likeliest option, the others write.{unfinished}\n\n"
+        + table(head, rows)
+        + f"\n\nThe bandit's masks, {beside}. Adapters with nothing skipped, against full tuning: "
+        f"{test['pia'] - test['full']:+.1f}."
     )
 
 
