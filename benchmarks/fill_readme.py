@@ -113,7 +113,20 @@ def tuning() -> str:
         f"Zero-shot picks the likeliest option, the others write.{unfinished}\n\n"
         + table(head, rows)
         + f"\n\nThe bandit's masks, {beside}. Adapters with nothing skipped, against full tuning: "
-        f"{test['pia'] - test['full']:+.1f}."
+        f"{test['pia'] - test['full']:+.1f}. {longer()}"
+    )
+
+
+def longer() -> str:
+    """The adapters alone, given more steps: does the gap between skipping and not skipping stay?"""
+    found = results("03_train_pia_longer")
+    settings, rows = found["parameters"], {row["arm"]: row for row in found["metrics"]["table"]}
+    said = {arm: f"{r['test_accuracy']:.1%} ± {r['test_accuracy_sd']:.1%}" for arm, r in rows.items()}
+    skipped = f"pia k={settings['num_skipped'][0]} bandit"
+    gap = 100 * (rows[skipped]["test_accuracy"] - rows["pia"]["test_accuracy"])
+    return (
+        f"After {settings['steps']} steps ({len(settings['seeds'])} seeds): `pia` {said['pia']}, `{skipped}` {said[skipped]}, "
+        f"{gap:+.1f} points."
     )
 
 
