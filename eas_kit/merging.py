@@ -1,18 +1,26 @@
-"""Per-prompt merge: fold the adapters into the weights for one prompt (eq. 8-13), exactly, and prove it.
+"""Fold the adapters away for given prompts, exactly, and prove it (eq. 8-13).
 
-After prefill an adapter is an affine map y = n + U D n + b of the input n of some linears W. With the gain g of the
-norm in between, W (g * y) + c = W' n + c' with
+After prefill an adapter is an affine map y = n + U D n + b of the input n of some linears W. With the gain g and the
+bias h of the norm in between, W (g * y + h) + c = W' n + c' with
 
     W' = W diag(g) + (W diag(g) U) D          a rank-r update, never a d x d product
-    c' = W diag(g) b + c                      with the ORIGINAL W, not W'
+    c' = W diag(g) b + W h + c                with the ORIGINAL W, not W'
 
-The W are gate and up of a skipped layer's feed-forward, and q, k, v of a kept attention. A merged, skipped layer reads
-no attention weight and no adapter, keeps no keys and values, and costs its feed-forward alone.
+The W are gate and up of a skipped layer's feed-forward, and q, k, v of a kept attention. Two exact forms:
+
+- *per prompt*: W' and c' take the place of W and c. For one prompt. A skipped layer then reads no attention weight and
+  no adapter, keeps no keys and values, and costs its feed-forward alone.
+- *low rank*: the linears stay, and y is computed as n + [U_0, U_1] (w_b x (D n)) + b_b, with all that depends on the
+  prompt in w_b and b_b. For a batch of different prompts, each row exact, and for linears that cannot be rewritten.
+  Carrying the factors on through W, as W n + (W U_b) D n, is the same function; it costs 2 r d_ff a linear where this
+  costs 2 r d for all of them, and was slower than the unmerged adapter (benchmarks/fold.py).
+
+The third, approximate form, for all prompts at once, is `static.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import MergeError, UnsupportedModelError
+from .families import ATTENTION_READERS, FFN_READERS, matrix, readers
 from .modes import eval_mode
-from .pia import Factors, Route
+from .pia import PIA, Factors, Route
 from .prompt import has_route
-from .sites import ATTENTION_READERS, FFN_READERS, readers
-from .slots import StandIn, place, restore
+from .slots import LowRank, StandIn, place, restore
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -34,109 +42,207 @@ if TYPE_CHECKING:
     from .model import EASModel
     from .seats import Seat
 
+FORMS = ("per_prompt", "low_rank")
+
 # how far merged logits may be off, as a share of the logits' scale: rounding of W' in that dtype
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class MergedLinear(StandIn):
-    """A linear that computes with folded weights while its own stay where they are, registered and untouched."""
+    """A linear that computes with folded weights while its own stay where they are, registered and untouched.
 
-    def __init__(self, original: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    The folded tensors are allocated once and written anew for each prompt: a compiled decoding step and a CUDA graph
+    go on reading the same addresses.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        self.folded = (weight, bias)  # in a tuple: no parameter of the model
+        weight = matrix(original)
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            # in a tuple: no parameter of the model
+            self.folded = (torch.empty_like(weight, requires_grad=False).contiguous(), weight.new_empty(len(weight)))
+        if weight.is_cuda:
+            for tensor in self.folded:  # else a CUDA graph copies them at every step
+                torch._dynamo.mark_static_address(tensor)
+
+    def write(self, weight: Tensor, bias: Tensor) -> None:
+        for own, new in zip(self.folded, (weight, bias), strict=True):
+            own.copy_(new)
+
+    def fits(self, linear: nn.Module) -> bool:
+        """True if this is a stand-in for `linear` as it is now: not moved, not cast, not replaced."""
+        weight, own = matrix(linear), self.folded[0]
+        return self.original is linear and (own.shape, own.dtype, own.device) == (
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, *self.folded)
 
 
-def fold_linear(linear: nn.Linear, factors: Factors, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(W', c') of a linear that reads gain * y, for the first example of `factors`; in the linear's dtype.
+def fold_linear(
+    linear: nn.Module, factors: Factors, gain: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(W', c') of a linear that reads gain * y + shift, for the first example of `factors`; in the linear's dtype.
 
     Calculated in at least float32 at a cost of O(d_out d r).
     """
     wide = torch.promote_types(linear.weight.dtype, torch.float32)
     up, down, bias = factors.up[0].to(wide), factors.down.to(wide), factors.bias[0].to(wide)
-    weight = linear.weight.to(wide)
+    plain = weight = matrix(linear).to(wide)
     if gain is not None:
-        weight = weight * gain.to(wide)
+        weight = plain * gain.to(wide)
     folded_bias = weight @ bias  # with the weight before its update, see above
+    if shift is not None:
+        folded_bias = folded_bias + plain @ shift.to(wide)
     if linear.bias is not None:
         folded_bias = folded_bias + linear.bias.to(wide)
-    folded = weight + (weight @ up) @ down
+    folded = torch.addmm(weight, weight @ up, down)
     return folded.to(linear.weight.dtype), folded_bias.to(linear.weight.dtype)
 
 
-def _one_prompt(route: Route) -> Route:
-    """The route of the one prompt that all rows (beams, samples) share."""
-    for tensor in (route.mean, route.weights):
-        if not torch.allclose(tensor, tensor[:1].expand_as(tensor), atol=1e-4, rtol=1e-4):
-            raise MergeError(
-                f"the cache holds {len(tensor)} different prompts; a merge is for one:"
-                " run them one by one, or unmerged in one batch"
-            )
-    return route.map(lambda t: t[:1])
+def condense(
+    pia: PIA, route: Route, gain: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
+) -> LowRank:
+    """gain * PIA(n) + shift as n -> gain * (n + U_b D n + b_b) + shift for the prompts of `route`, one a row."""
+    up, down, weights, bias = pia.shared_factors(route)
+    if gain is not None:
+        gain = gain.to(up.dtype)
+        up, bias = gain[:, None] * up, gain * bias
+    if shift is not None:
+        bias = bias + shift.to(bias.dtype)
+    weights, bias = weights[:, None, :, None], bias[:, None]
+    tensors = (None if t is None else t.to(dtype or up.dtype) for t in (down, up, weights, bias, gain))
+    return LowRank(*tensors)
 
 
-def merge_targets(net: EASModel, seat: Seat) -> tuple[nn.Module, tuple[str, ...], Tensor | None]:
-    """The module whose linears take in this layer's adapter, the linears' names, and the gain in between if any."""
+@dataclass(frozen=True)
+class Target:
+    """What takes in one layer's adapter: linears, and what stands between it and them."""
+
+    parent: nn.Module
+    table: Any
+    gain: Tensor | None
+    shift: Tensor | None
+    where: str
+
+    def linears(self) -> tuple[str, ...]:
+        """Names of the linears, if they can be rewritten; else MergeError naming the one that cannot."""
+        try:
+            return readers(self.parent, self.table)
+        except UnsupportedModelError as error:
+            raise MergeError(f"cannot merge {self.where}: {error}") from error
+
+
+def merge_target(net: EASModel, seat: Seat) -> Target:
+    """What takes in this layer's adapter."""
     site = seat.sites["mha"]
-    names, gain = site.names, None
+    names, gain, shift = site.names, None, None
     if seat.role == "skip":
         parent, table = getattr(seat.layer, names.ffn), FFN_READERS
-        if net.config.source == "attention_norm":
-            gain = getattr(seat.layer, names.norm_ffn).gain()
+        if names.norm_ffn and net.config.source == "attention_norm":
+            norm = getattr(seat.layer, names.norm_ffn)
+            gain, shift = norm.gain(), norm.shift()
     else:
         parent, table = getattr(seat.layer, names.attention), ATTENTION_READERS
-    try:
-        return parent, readers(parent, table), gain
-    except UnsupportedModelError as error:
-        raise MergeError(f"cannot merge site {site.index} ({site.layer_path}): {error}") from error
+    return Target(parent, table, gain, shift, f"site {site.index} ({site.layer_path})")
+
+
+def check_foldable(net: EASModel) -> None:
+    """MergeError naming the first site whose adapter cannot be folded into linears."""
+    check_attentions_only(net)
+    for seat in net._seats:
+        if seat.role:
+            merge_target(net, seat).linears()
+
+
+def check_attentions_only(net: EASModel) -> None:
+    """MergeError if the mask holds a feed-forward."""
+    for site in net.sites:
+        if site.kind == "ffn" and site.index in net.mask:
+            raise MergeError(
+                f"cannot merge: site {site.index} ({site.path}) is a skipped feed-forward, which leaves no linear to"
+                " fold its adapter into; mask attentions only, or run unmerged"
+            )
+
+
+def routes_of(net: EASModel, cache: Cache) -> dict[int, Route]:
+    """What the adapters at work keep of the cache's prompts, by layer_idx. MergeError where one has read none."""
+    routes = {}
+    for seat in net._seats:
+        if seat.role is None:
+            continue
+        if not has_route(cache, seat.layer_idx) or seat.role not in cache.layers[seat.layer_idx].routes:
+            raise MergeError(
+                f"cannot merge: the cache knows no prompt for site {seat.sites['mha'].index}; prefill with this net and"
+                " mask first (net.prefill(**inputs).past_key_values)"
+            )
+        routes[seat.layer_idx] = cache.layers[seat.layer_idx].routes[seat.role]
+    return routes
+
+
+def default_form(prompts: int) -> str:
+    """How to merge when nobody says: one prompt goes into the weights, several are condensed."""
+    return "per_prompt" if prompts == 1 else "low_rank"
+
+
+def one_prompt(routes: Mapping[int, Route]) -> bool:
+    """True if all rows (beams, samples) share one prompt."""
+    return all(
+        torch.allclose(tensor, tensor[:1].expand_as(tensor), atol=1e-4, rtol=1e-4)
+        for route in routes.values()
+        for tensor in (route.mean, route.weights)
+    )
 
 
 class Merge:
-    """Folded weights in place, for the prompt that `cache` has read. `undo` puts the very same modules back."""
+    """The adapters of `routes` folded or condensed, in place. `undo` puts the very same modules back.
+
+    `cache`: the KV cache that the routes belong to, the only one that may be used meanwhile; None if they hold for all.
+    """
 
     @torch.no_grad()
-    def __init__(self, net: EASModel, cache: Cache) -> None:
-        self.cache, self.placed, self.first = cache, [], None
-        planned: list[tuple[nn.Module, str, MergedLinear]] = []
-        for seat in net._seats:  # everything is calculated, and may fail, before anything is swapped
-            planned += self._plan(net, seat)
-        self.skipped = [
-            getattr(seat.layer, slot) for seat in net._seats if seat.role for slot in seat.placed
-        ]  # SkippedAttention and SkippedNorm
-        for parent, name, linear in planned:
+    def __init__(self, net: EASModel, routes: Mapping[int, Route], form: str, cache: Cache | None = None) -> None:
+        check_attentions_only(net)
+        self.cache, self.form = cache, form
+        self.seats = [seat for seat in net._seats if seat.role]
+        self.placed: list[tuple[nn.Module, str]] = []
+        self.first = self.seats[0].layer_idx if self.seats else None
+        linears: list[tuple[nn.Module, str, MergedLinear]] = []
+        condensed: list[LowRank | None] = []
+        for seat in self.seats:  # everything is calculated, and may fail, before anything is swapped
+            target, route = merge_target(net, seat), routes[seat.layer_idx]
+            if form == "low_rank":
+                weight = next((p for p in seat.layer.parameters() if p.is_floating_point()), None)
+                dtype = None if weight is None else weight.dtype
+                condensed.append(condense(seat.pia, route, target.gain, target.shift, dtype))
+            else:
+                linears += self._fold(net, seat, target, route)
+                condensed.append(None)
+        for parent, name, linear in linears:
             place(parent, name, linear)
             self.placed.append((parent, name))
-        for stand_in in self.skipped:
-            stand_in.merged = True
+        for seat, low_rank in zip(self.seats, condensed, strict=True):
+            seat.merge(low_rank)
 
-    def _plan(self, net: EASModel, seat: Seat) -> list[tuple[nn.Module, str, MergedLinear]]:
-        ffn = seat.sites.get("ffn")
-        if ffn is not None and ffn.index in net.mask:
-            raise MergeError(
-                f"cannot merge: site {ffn.index} ({ffn.path}) is a skipped feed-forward, which leaves no linear to fold"
-                " its adapter into; mask attentions only, or run unmerged"
-            )
-        if seat.role is None:
-            return []
-        role, pia = seat.role, seat.pia
-        site = seat.sites["mha"]
-        if not has_route(self.cache, seat.layer_idx) or role not in self.cache.layers[seat.layer_idx].routes:
-            raise MergeError(
-                f"cannot merge: the cache knows no prompt for site {site.index}; prefill with this net and mask first"
-                " (net.prefill(**inputs).past_key_values)"
-            )
-        self.first = seat.layer_idx if self.first is None else self.first
-        factors = pia.factors(_one_prompt(self.cache.layers[seat.layer_idx].routes[role]))
-        parent, linears, gain = merge_targets(net, seat)
-        return [
-            (parent, name, MergedLinear(getattr(parent, name), *fold_linear(getattr(parent, name), factors, gain)))
-            for name in linears
-        ]
+    def _fold(self, net: EASModel, seat: Seat, target: Target, route: Route) -> list[tuple]:
+        factors = seat.pia.factors(route.map(lambda t: t[:1]))
+        planned = []
+        for name in target.linears():
+            original = getattr(target.parent, name)
+            linear = net._folded.get((seat.layer_idx, name))
+            if linear is None or not linear.fits(original):
+                linear = net._folded[seat.layer_idx, name] = MergedLinear(original)
+            linear.write(*fold_linear(original, factors, target.gain, target.shift))
+            planned.append((target.parent, name, linear))
+        return planned
 
     def check(self, cache: Cache | None) -> None:
         """MergeError unless a forward uses the cache whose prompt is folded in."""
+        if self.cache is None:
+            return
         if cache is not self.cache or (self.first is not None and not has_route(cache, self.first)):
             raise MergeError(
                 "the weights are merged for one prompt and its KV cache, and this forward is for another (or for none);"
@@ -144,22 +250,23 @@ class Merge:
             )
 
     def undo(self) -> None:
-        for stand_in in self.skipped:
-            stand_in.merged = False
+        for seat in self.seats:
+            seat.unmerge()
         for parent, name in reversed(self.placed):
             restore(parent, name)
         self.placed.clear()
 
 
 @contextmanager
-def merged(net: EASModel, cache: Cache) -> Iterator[EASModel]:
-    """Within the block, decoding on `cache` runs with the adapters folded into the weights for its prompt.
+def merged(net: EASModel, cache: Cache, form: str | None = None) -> Iterator[EASModel]:
+    """Within the block, decoding on `cache` runs without adapters, folded or condensed for its prompts.
 
-    `cache` comes from a prefill of one prompt: `net.prefill(**inputs).past_key_values`. Only steps that continue this
-    very cache are allowed; anything else raises MergeError, as do linears that cannot be rewritten. Afterwards the
-    model is as before, bit for bit.
+    `cache` comes from a prefill: `net.prefill(**inputs).past_key_values`. `form`: "per_prompt", "low_rank", or None for
+    the first if the cache holds one prompt, the second if it holds several. Only steps that continue this very cache
+    are allowed; anything else raises MergeError, as do linears that cannot be rewritten. Afterwards the model is as
+    before, bit for bit.
     """
-    net._start_merge(cache)
+    net._start_merge(cache, form)
     try:
         yield net
     finally:
@@ -180,18 +287,25 @@ class MergeProof:
     tolerance: float
     """Bound on max_rel_diff in this dtype."""
     steps: int
-    """Tokens decoded, end-of-text ignored."""
+    """Tokens decoded for each prompt, end-of-text ignored."""
     mask: tuple[int, ...]
     folded: int
-    """Linears that were rewritten."""
+    """Linears that were rewritten; none in the low-rank form."""
+    form: str = "per_prompt"
+    prompts: int = 1
 
     def __bool__(self) -> bool:
         return self.same_tokens and self.max_rel_diff <= self.tolerance
 
+    @property
+    def _how(self) -> str:
+        return f"{self.folded} linears folded" if self.form == "per_prompt" else "adapters condensed"
+
     def __str__(self) -> str:
+        count = f"{self.prompts} prompts, " if self.prompts > 1 else ""
         return (
-            f"{'merged = unmerged' if self else 'MERGED DIFFERS'}: mask {list(self.mask)}, {self.folded} linears"
-            f" folded, {self.steps} tokens {'identical' if self.same_tokens else 'DIFFERENT'}, largest logit difference"
+            f"{'merged = unmerged' if self else 'MERGED DIFFERS'}: {count}mask {list(self.mask)}, {self._how},"
+            f" {self.steps} tokens {'identical' if self.same_tokens else 'DIFFERENT'}, largest logit difference"
             f" {self.max_abs_diff:.2e} ({self.max_rel_diff:.2e} of the scale; bound {self.tolerance:.0e} in"
             f" {str(self.dtype).removeprefix('torch.')})"
         )
@@ -199,8 +313,9 @@ class MergeProof:
     def _repr_html_(self) -> str:
         rows = {
             "verdict": "merged = unmerged" if self else "merged differs",
+            "prompts": self.prompts,
             "skipped sites": list(self.mask) or "none",
-            "linears folded": self.folded,
+            "how": self._how,
             "greedy tokens": f"{self.steps}, {'identical' if self.same_tokens else 'different'}",
             "largest logit difference": f"{self.max_abs_diff:.2e}",
             "as a share of the logits' scale": f"{self.max_rel_diff:.2e} (bound {self.tolerance:.0e})",
@@ -211,22 +326,22 @@ class MergeProof:
 
 
 class _Force:
-    """Logits processor that allows one given continuation only."""
+    """Logits processor that allows one given continuation of each row only."""
 
     def __init__(self, tokens: Tensor, start: int) -> None:
         self.tokens, self.start = tokens, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self.tokens[input_ids.shape[1] - self.start]] = 0
-        return forced
+        next_tokens = self.tokens[:, input_ids.shape[1] - self.start, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, next_tokens, 0.0)
 
 
-def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16) -> MergeProof:
-    """Decode one prompt unmerged and merged, and compare tokens and logits.
+def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16, form: bool | str = True) -> MergeProof:
+    """Decode prompts unmerged and merged, and compare tokens and logits.
 
-    `inputs` as the processor makes them, one example. Logits are compared over the same tokens: if greedy decoding
-    parts ways, the merged model is made to follow the unmerged text. Raises MergeError as `net.generate(merge=True)`.
+    `inputs` as the processor makes them; `form` as `merge` of `net.generate`: one example is folded per prompt, several
+    are condensed. Logits are compared over the same tokens: if greedy decoding parts ways, the merged model is made to
+    follow the unmerged text. Raises MergeError as `net.generate(merge=form)`.
     """
     if max_new_tokens < 2:
         raise MergeError(
@@ -234,7 +349,7 @@ def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16)
         )
     with eval_mode(net):
 
-        def decode(merge: bool, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def decode(merge: bool | str, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
             options: dict[str, Any] = {"min_new_tokens": max_new_tokens}
             if follow is not None:
                 options = {"logits_processor": [_Force(follow, inputs["input_ids"].shape[1])]}
@@ -248,22 +363,27 @@ def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16)
                 output_logits=True,
                 **options,
             )
-            return out.sequences[0, -len(out.logits) :], torch.cat(out.logits).double()
+            return out.sequences[:, -len(out.logits) :], torch.stack(out.logits).double()
 
         tokens, logits = decode(merge=False)
-        merged_tokens, merged_logits = decode(merge=True)
+        merged_tokens, merged_logits = decode(merge=form)
         same = torch.equal(tokens, merged_tokens)
         if not same:
-            _, merged_logits = decode(merge=True, follow=tokens)
+            _, merged_logits = decode(merge=form, follow=tokens)
     difference = (logits - merged_logits).abs().max().item()
     dtype = next(p.dtype for p in net.base.parameters() if p.is_floating_point())
+    prompts = len(tokens)
+    used = form if isinstance(form, str) else default_form(prompts)
+    linears = sum(len(merge_target(net, s).linears()) for s in net._seats if s.role) if used == "per_prompt" else 0
     return MergeProof(
         max_abs_diff=difference,
         max_rel_diff=difference / logits.abs().max().item(),
         same_tokens=same,
         dtype=dtype,
         tolerance=TOLERANCE.get(dtype, 1e-1),
-        steps=len(tokens),
+        steps=tokens.shape[1],
         mask=net.mask,
-        folded=sum(len(names) for _, names, _ in (merge_targets(net, seat) for seat in net._seats if seat.role)),
+        folded=linears,
+        form=used,
+        prompts=prompts,
     )

@@ -18,9 +18,19 @@ from torch import Tensor, nn
 from .config import EASConfig
 from .errors import ConfigError, EASError, MergeError, PromptError
 from .masks import check_mask
-from .merging import Merge, merged
+from .merging import (
+    FORMS,
+    Merge,
+    MergedLinear,
+    check_attentions_only,
+    check_foldable,
+    default_form,
+    merged,
+    one_prompt,
+    routes_of,
+)
 from .pia import PIA
-from .prompt import check_explicit, forward_prompt, generate_prompt, has_route, read_given, renew
+from .prompt import check_explicit, check_same_prompt, forward_prompt, generate_prompt, has_route, read_given, renew
 from .saving import load_adapters, save_adapters
 from .seats import make_adapters, make_seats
 from .sites import find_sites
@@ -54,7 +64,7 @@ class EASModel(nn.Module):
         self._unfrozen = [p for p in base.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
-        self._seats = make_seats(base, sites)
+        self._seats = make_seats(base, sites, self._layer_prompt)
         self._mask: tuple[int, ...] = ()
         self.mask_origin: dict[str, Any] = dict(NOT_SEARCHED)
         self._merge: Merge | None = None
@@ -62,15 +72,27 @@ class EASModel(nn.Module):
         self._inside = False  # a forward of the base model is running
         self._explicit: Tensor | None = None  # prompt_mask of the running net.forward
         self._given: Tensor | None = None  # (b, P) bool mask of the running net.generate
-        self._fold_next = False  # merge when the running generate has prefilled
+        self._fold_next: str | None = None  # the form in which to merge when the running generate has prefilled
+        self._folded: dict[
+            tuple[int, str], MergedLinear
+        ] = {}  # by layer_idx and name; allocated once, see MergedLinear
         self._detached = False
         self._checkpointing = False  # switched on through this object
         self._parameter_names = list(inspect.signature(base.forward).parameters)
-        self._top_handles = [
-            base.register_forward_pre_hook(self._enter, with_kwargs=True),
-            base.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        ]
+        self._top_handles: list[Any] = []
+        self._hook_top()
         self._fill_seats()
+
+    def _hook_top(self) -> None:
+        self._top_handles = [
+            self.base.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.base.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        ]
+
+    def _unhook_top(self) -> None:
+        for handle in self._top_handles:
+            handle.remove()
+        self._top_handles = []
 
     # ------------------------------------------------------------------------------------------------ the mask
 
@@ -93,11 +115,12 @@ class EASModel(nn.Module):
             seat.check_free()
         if mask != self._mask:
             self._mask, self.mask_origin = mask, dict(NOT_SEARCHED)
+            self._folded.clear()
         self._fill_seats()
 
     def _fill_seats(self) -> None:
         for seat in self._seats:
-            seat.fill(self._mask, self.adapters, self.config, self._at_layer)
+            seat.fill(self._mask, self.adapters, self.config)
 
     # ---------------------------------------------------------------------------------------- one forward pass
 
@@ -109,6 +132,8 @@ class EASModel(nn.Module):
         mode without labels all attended positions are prompt: right for a prefill, wrong for scoring an answer.
         """
         self._check_usable("call net(...)", merged=False)
+        if self._merge is not None:
+            self._merge.check(kwargs.get("past_key_values"))
         if self.training or kwargs.get("labels") is not None:
             kwargs.setdefault("use_cache", False)  # nobody decodes after a loss
         before, self._explicit = self._explicit, prompt_mask
@@ -130,8 +155,11 @@ class EASModel(nn.Module):
         for seat in self._seats:
             seat.desk.clear()
         if prefilled and self._fold_next and output is not None:
-            self._fold_next = False
-            self._start_merge(output["past_key_values"])
+            form, self._fold_next = self._fold_next, None
+            self._start_merge(output["past_key_values"], form)
+            # nobody else can bring another cache within this generate, and a step that torch.compile captured would be
+            # compiled anew if it had to look
+            self._unhook_top()
 
     def _read_prompt(self, values: dict[str, Any]) -> Tensor | None:
         first = next((seat.layer_idx for seat in self._seats if seat.reads_prompt), None)
@@ -155,40 +183,47 @@ class EASModel(nn.Module):
             return generate_prompt(self._given, values)
         return forward_prompt(values, training=self.base.training)
 
-    def _at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _layer_prompt(self) -> Tensor | None:
         if not self._inside:
             raise PromptError(
                 "a decoder layer was called outside a forward of the whole model, where the prompt is unknown; call"
                 " net(...) or net.generate(...), or eas_kit.detach(net) to use parts of the base model"
             )
-        return args, {**kwargs, "eas_prompt": self._prompt}
+        return self._prompt
 
     # ------------------------------------------------------------------------------------------------ generate
 
-    def generate(self, inputs: Tensor | None = None, *, merge: bool = False, **kwargs: Any) -> Any:
-        """The base model's generate, on the processor's inputs: greedy, sampling, beams, prompt lookup, any batch.
+    def generate(self, inputs: Tensor | None = None, *, merge: bool | str = False, **kwargs: Any) -> Any:
+        """The base model's generate, on the processor's inputs, with every argument it takes.
 
-        With `merge=True` (one prompt only) the adapters are folded into the weights after prefill, the rest is
-        decoded at the cost of the plain, smaller model, and the weights are restored bit for bit, also after an
-        exception. Raises MergeError where that is not possible and PromptError where the prompt is not known. Call
-        this and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
+        `merge`: decode without adapters. The prompts are read once, the adapters folded for them, the rest decoded, and
+        the model restored bit for bit, also after an exception. "per_prompt": into the weights, for one prompt;
+        "low_rank": condensed, exact for every row of any batch; True: the first for one prompt, the second for several.
+
+        Raises MergeError where linears cannot be rewritten and PromptError where the prompt is not known, or where it
+        would not be read in one piece: a prefill in chunks, a growing chat on the cache of an earlier turn. Call this
+        and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
         """
+        if self._merge is not None and self._merge.cache is None:  # merged for all prompts: nothing to read
+            return self.base.generate(inputs, **kwargs)
         self._check_usable("call net.generate")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         given = read_given(kwargs, self.base.generation_config)
-        if merge:
-            self._check_mergeable(given, kwargs)
+        form = self._form(merge, given, kwargs)
+        cache = kwargs.get("past_key_values")
+        filled = cache is not None and any(has_route(cache, seat.layer_idx) for seat in self._seats)
+        if filled:
+            check_same_prompt(given, cache)
         before, self._given = self._given, given
         try:
-            cache = kwargs.get("past_key_values")
-            if merge and cache is not None and any(has_route(cache, seat.layer_idx) for seat in self._seats):
-                with merged(self, cache):  # the next turn on a cache that knows its prompt
+            if form and filled:
+                with merged(self, cache, form):
                     return self.base.generate(**kwargs)
-            self._fold_next = merge
+            self._fold_next = form
             return self.base.generate(**kwargs)
         finally:
-            self._given, self._fold_next = before, False
+            self._given, self._fold_next = before, None
             self._end_merge()
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
@@ -199,51 +234,73 @@ class EASModel(nn.Module):
         )
 
     def prefill(self, **inputs: Any) -> Any:
-        """One forward over whole prompts: `.logits` (B, 1, vocab) and `.past_key_values`, ready for `merged`."""
+        """One forward over whole prompts: `.logits` (B, 1, vocab) and `.past_key_values`, ready for `merged`.
+
+        As in any forward, give padded rows their position_ids if `generate` is to go on with the cache.
+        """
         if inputs.get("labels") is not None:
             raise PromptError("prefill takes prompts, without labels; for a loss call net(**batch)")
         if self.training:
             raise PromptError("prefill is for inference: call net.eval() first")
+        for module in self.base.modules():  # Qwen-VL keeps the positions of the batch before, for its own generate
+            if getattr(module, "rope_deltas", None) is not None:
+                module.rope_deltas = None
         with torch.no_grad():
             return self(**inputs, use_cache=True, logits_to_keep=1)
 
     # --------------------------------------------------------------------------------------- merge, life cycle
 
-    def _check_mergeable(self, given: Tensor, kwargs: dict[str, Any]) -> None:
-        if len(given) != 1:
+    def _form(self, merge: bool | str, given: Tensor, kwargs: dict[str, Any]) -> str | None:
+        """The form to merge in, None for not at all; MergeError for what cannot be merged."""
+        if merge is False or merge is None:
+            return None
+        if merge is not True and merge not in FORMS:
+            raise MergeError(f"generate: wanted merge=False, True or one of {FORMS}, got {merge!r}")
+        form = default_form(len(given)) if merge is True else merge
+        if form == "per_prompt" and len(given) != 1:
             raise MergeError(
-                f"merge=True folds the adapters into the weights for one prompt, but the inputs hold {len(given)};"
-                " generate them one by one, or all at once with merge=False"
+                f'merge="per_prompt" folds the adapters into the weights for one prompt, but the inputs hold'
+                f' {len(given)}; generate them one by one, or with merge="low_rank"'
             )
         config = kwargs.get("generation_config") or self.base.generation_config
         if kwargs.get("use_cache", config.use_cache) is False:
-            raise MergeError("merge=True needs the KV cache, where the prompt's state lives; leave use_cache on")
+            raise MergeError(f"merge={merge!r} needs the KV cache, where the prompt's state lives; leave use_cache on")
+        check_attentions_only(self) if merge == "low_rank" else check_foldable(self)
+        return form
 
-    def _start_merge(self, cache: Any) -> None:
+    def _start_merge(self, cache: Any, form: str | None = None) -> None:
         self._check_usable("merge")
-        self._merge = Merge(self, cache)
-        for seat in self._seats:  # nothing is left for the hooks to do, and a decoding step is faster without
-            seat.unhook()
+        routes = routes_of(self, cache)
+        if form not in (None, *FORMS):
+            raise MergeError(f"merged: wanted one of {FORMS} or None for form, got {form!r}")
+        single = one_prompt(routes)
+        form = form or ("per_prompt" if single else "low_rank")
+        if form == "per_prompt" and not single:
+            raise MergeError(
+                'the cache holds different prompts, and form "per_prompt" folds the adapters into the weights for one;'
+                ' use form "low_rank"'
+            )
+        self._merge = Merge(self, routes, form, cache)
 
     def _end_merge(self) -> None:
         if self._merge is not None:
             self._merge.undo()
             self._merge = None
-            for seat in self._seats:
-                seat.hook(self._at_layer)
+            if not self._top_handles:
+                self._hook_top()
 
     def _check_usable(self, action: str, *, merged: bool = True) -> None:
         if self._detached:
             raise EASError(f"cannot {action}: this EASModel was detached from its base; eas_kit.attach makes a new one")
         if merged and self._merge is not None:
             raise MergeError(
-                f"cannot {action}: the adapters are folded into the weights for one prompt; leave the block of"
-                " merged(net, cache) first"
+                f"cannot {action}: the adapters are folded away; leave the block of merged(net, cache) or of a static"
+                " merge first"
             )
 
     @property
     def is_merged(self) -> bool:
-        """True inside a block of `merged(net, cache)`."""
+        """True inside a block of `merged(net, cache)` or of a static merge."""
         return self._merge is not None
 
     @property
@@ -298,8 +355,8 @@ class EASModel(nn.Module):
             self.gradient_checkpointing_disable()
         for seat in self._seats:
             seat.clear()
-        for handle in self._top_handles:
-            handle.remove()
+        self._unhook_top()
+        self._folded.clear()
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)
         self._detached = True

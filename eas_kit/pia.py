@@ -52,6 +52,19 @@ class Factors(NamedTuple):
     """b, (B, d)."""
 
 
+class SharedFactors(NamedTuple):
+    """The folded adapters of a batch, with all that rows can share: y_b = n_b + up (w_b x (down n_b)) + bias_b."""
+
+    up: Tensor
+    """[U_0, U_1], (d, 2 r), the factor 1/2 of two paths included."""
+    down: Tensor
+    """(r, d)."""
+    weights: Tensor
+    """w, (B, 2); w_b x z is [w_b0 z, w_b1 z], (2 r)."""
+    bias: Tensor
+    """b, (B, d)."""
+
+
 class GroupedLinear(nn.Module):
     """r -> d, block-diagonal: block i of the output reads block i of the input. weight (d, r / groups), bias (d,)."""
 
@@ -162,20 +175,26 @@ class PIA(nn.Module):
             route = self.route(self.mean(n, prompt_mask))
         return n + self.delta(n, route).to(n.dtype)
 
-    def factors(self, route: Route) -> Factors:
-        """The adapter folded for given prompts, as rank-r factors in at least float32 (eq. 8-10)."""
+    def shared_factors(self, route: Route) -> SharedFactors:
+        """The adapter folded for given prompts, as far as rows can share it; in at least float32 (eq. 8-10)."""
         wide = torch.promote_types(self.down_pooled.weight.dtype, torch.float32)
         w = route.weights.to(wide)  # (B, 2)
-        ups = torch.stack([self.up_0.dense(), self.up_1.dense()]).to(wide)  # (2, d, r)
-        up = self.scale * torch.einsum("bp,pdr->bdr", w, ups)  # U
+        up = self.scale * torch.cat([self.up_0.dense(), self.up_1.dense()], dim=1).to(wide)  # (d, 2 r)
         bias = self.scale * (w @ torch.stack([self.up_0.bias, self.up_1.bias]).to(wide))  # (B, d)
         if self.paths == 2:
             constant = 0.5 * (self.down_token.bias.to(wide) + route.pooled.to(wide))  # (B, r)
-            up_effective, down = 0.5 * up, self.down_token.weight.to(wide)
+            half, down = 0.5, self.down_token.weight.to(wide)
         else:
             constant = self.down_pooled.bias.to(wide).expand(len(w), -1)
-            up_effective, down = up, self.down_pooled.weight.to(wide)
-        return Factors(up_effective, down, bias + torch.einsum("bdr,br->bd", up, constant))
+            half, down = 1.0, self.down_pooled.weight.to(wide)
+        routed = (w[:, :, None] * constant[:, None]).flatten(1)  # (B, 2 r)
+        return SharedFactors(half * up, down, w, bias + routed @ up.T)
+
+    def factors(self, route: Route) -> Factors:
+        """The adapter folded for given prompts, as rank-r factors in at least float32 (eq. 8-10)."""
+        shared = self.shared_factors(route)
+        up = torch.einsum("bp,dpr->bdr", shared.weights, shared.up.unflatten(1, (2, -1)))  # U
+        return Factors(up, shared.down, shared.bias)
 
     def fold(self, prompt_mean: Tensor) -> tuple[Tensor, Tensor]:
         """(M, b), (B, d, d) and (B, d), with y = M n + b for the prompts with these means (B, d). For checks."""

@@ -31,6 +31,8 @@ class PromptState:
 
     __slots__ = ()
     routes: dict[str, Route]
+    length: Tensor | None
+    """(B,) positions of the prompts that the routes were read from."""
 
 
 @cache
@@ -42,10 +44,11 @@ def with_state(cls: type) -> type:
 
         def _change(self, change: Callable[[Tensor], Tensor]) -> None:
             self.routes = {key: route.map(change) for key, route in self.routes.items()}
+            self.length = None if self.length is None else change(self.length)
 
         def reset(self) -> None:
             super().reset()
-            self.routes = {}
+            self.routes, self.length = {}, None
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -71,7 +74,7 @@ class PromptMean(with_state(DummyLayer)):
 
     def __init__(self, displaced: Any = None) -> None:
         super().__init__()
-        self.routes = {}
+        self.routes, self.length = {}, None
         self.displaced = displaced  # the untouched entry, put back if a reset cache meets another mask
 
     def reset(self) -> None:
@@ -116,7 +119,7 @@ def kept_state(cache: Cache | None, index: int) -> PromptState:
     entry = _entry(cache, index)
     if not isinstance(entry, PromptState):
         entry.__class__ = with_state(type(entry))
-        entry.routes = {}
+        entry.routes, entry.length = {}, None
     return entry
 
 
@@ -125,11 +128,26 @@ def has_route(cache: Cache, index: int) -> bool:
     return index < len(cache.layers) and bool(getattr(cache.layers[index], "routes", None))
 
 
+def check_same_prompt(given: Tensor, cache: Cache) -> None:
+    """PromptError if generate is given other prompts (b, P) bool than the cache has read: a growing chat."""
+    entry = next(entry for entry in cache.layers if getattr(entry, "routes", None))
+    wanted, read = given.sum(dim=1).to(entry.length.device), entry.length
+    if len(read) % len(wanted) == 0:  # beams, returned sequences
+        wanted = wanted.repeat_interleave(len(read) // len(wanted))
+    if not torch.equal(wanted, read):
+        raise PromptError(
+            f"past_key_values has read prompts of {read.tolist()} positions, and these inputs hold"
+            f" {given.sum(1).tolist()}: a chat that has grown. Every position of a skipped layer depends on the mean of"
+            " the whole prompt, so what was read before cannot be gone on with exactly; leave past_key_values out and"
+            " the whole chat is read anew"
+        )
+
+
 def renew(cache: Cache, kept: frozenset[int]) -> None:
     """Before a prefill on an emptied cache: forget old prompts, and give kept layers their own entry back."""
     for index, entry in enumerate(cache.layers):
         if isinstance(entry, PromptState):
-            entry.routes = {}
+            entry.routes, entry.length = {}, None
             if index in kept and isinstance(entry, PromptMean) and entry.displaced is not None:
                 cache.layers[index] = entry.displaced
 

@@ -153,7 +153,7 @@ def _streams(model: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
     streams: list[list[torch.Tensor]] = [[None, None, None] for _ in sites]
     handles = []
     for site in sites:
-        layer, triple = plain.get_submodule(site.layer_path), streams[site.layer]
+        layer, triple = plain.get_submodule(site.layer_path), streams[site.index]
 
         def before(module, args, kwargs, triple=triple):
             triple[0] = args[0] if args else kwargs["hidden_states"]
@@ -161,11 +161,17 @@ def _streams(model: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
         def between(module, args, triple=triple):
             triple[1] = args[0]
 
+        def beside(module, args, output, triple=triple):  # a parallel layer: nothing reads the stream in between
+            triple[1] = triple[0] + output[0]
+
         def after(module, args, output, triple=triple):
             triple[2] = output[0] if isinstance(output, tuple) else output
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(getattr(layer, site.names.norm_ffn).register_forward_pre_hook(between))
+        if site.names.norm_ffn:
+            handles.append(getattr(layer, site.names.norm_ffn).register_forward_pre_hook(between))
+        else:
+            handles.append(getattr(layer, site.names.attention).register_forward_hook(beside))
         handles.append(layer.register_forward_hook(after))
     try:
         yield streams

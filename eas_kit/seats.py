@@ -6,15 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import EASConfig
 from .errors import ConfigError, UnsupportedModelError
+from .families import takes_keywords
 from .pia import PIA
 from .sites import Site
 from .slots import (
     BeforeAttention,
+    BeforeFeedForward,
+    BeforeMerged,
     Desk,
+    LowRank,
     NoAttention,
     NoFeedForward,
     SkippedAttention,
@@ -29,7 +33,8 @@ from .slots import (
 class Seat:
     """One decoder layer, its sites by kind, and what is in place there now."""
 
-    def __init__(self, layer: nn.Module, site: Site) -> None:
+    def __init__(self, layer: nn.Module, site: Site, prompt: Callable[[], Tensor | None]) -> None:
+        self.prompt = prompt  # gives the prompt mask of the forward that is running
         self.layer, self.layer_idx, self.names = layer, site.layer_idx, site.names
         self.desk = Desk()
         self.sites: dict[str, Site] = {}
@@ -37,6 +42,7 @@ class Seat:
         self.handles: list[Any] = []
         self.role: str | None = None  # "skip" or "keep": which adapter is at work at the attention
         self.pia: PIA | None = None  # that adapter
+        self.takes_keywords = takes_keywords(layer)
 
     @property
     def active(self) -> bool:
@@ -58,36 +64,67 @@ class Seat:
                     f" {self.layer_idx}; leave the block first"
                 )
 
-    def fill(self, mask: tuple[int, ...], adapters: nn.ModuleDict, config: EASConfig, deliver: Callable) -> None:
-        """Put in place what `mask` asks for; `deliver` is the pre-hook that brings the layer its prompt mask."""
+    def fill(self, mask: tuple[int, ...], adapters: nn.ModuleDict, config: EASConfig) -> None:
+        """Put in place what `mask` asks for."""
         self.clear()
         layer, names, mha, ffn = self.layer, self.names, self.sites.get("mha"), self.sites.get("ffn")
         if mha and mha.index in mask:
             self.role, self.pia = "skip", adapters[str(mha.index)]["skip"]
-            shared = (self.pia, self.desk, config.source)
-            attention, norm = getattr(layer, names.attention), getattr(layer, names.norm_ffn)
-            self._place(names.attention, SkippedAttention(attention, self.layer_idx, *shared))
-            self._place(names.norm_ffn, SkippedNorm(norm, mha.gain_offset, *shared))
+            source = config.source if names.norm_ffn else "attention_norm"  # both are the one norm of a parallel layer
+            shared = (self.pia, self.desk, source)
+            self._place(names.attention, SkippedAttention(getattr(layer, names.attention), self.layer_idx, *shared))
+            if names.norm_ffn:
+                self._place(names.norm_ffn, SkippedNorm(getattr(layer, names.norm_ffn), mha.gain_offset, *shared))
         elif mha and config.adapt_rank:
             self.role, self.pia = "keep", adapters[str(mha.index)]["keep"]
         if ffn and ffn.index in mask:
             feed_forward = getattr(layer, names.ffn)
             self._place(names.ffn, SkippedFeedForward(feed_forward, adapters[str(ffn.index)]["skip"], self.desk))
-        self.hook(deliver)
+        self.hook()
 
     def _place(self, slot: str, stand_in: StandIn) -> None:
         place(self.layer, slot, stand_in)
         self.placed.append(slot)
 
-    def hook(self, deliver: Callable) -> None:
+    def hook(self) -> None:
         """Bring the prompt mask to this layer's attention, as a keyword, so that gradient checkpointing keeps it."""
         if not self.active:
             return
-        self.handles.append(self.layer.register_forward_pre_hook(deliver, with_kwargs=True))
-        if self.names.attention not in self.placed:
-            adapt = BeforeAttention(self.layer_idx, self.pia, self.desk)
-            attention = getattr(self.layer, self.names.attention)
-            self.handles.append(attention.register_forward_pre_hook(adapt, with_kwargs=True))
+        layer, names = self.layer, self.names
+        self._before(layer, self._deliver)
+        if names.attention not in self.placed:
+            self._before(getattr(layer, names.attention), BeforeAttention(self.layer_idx, self.pia, self.desk))
+        elif names.norm_ffn is None:
+            self._before(getattr(layer, names.ffn), BeforeFeedForward(self.desk))
+
+    def _deliver(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self.desk.prompt = self.prompt()
+        return args, {**kwargs, "eas_prompt": self.desk.prompt} if self.takes_keywords else kwargs
+
+    def _before(self, module: nn.Module, hook: Callable) -> None:
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def merge(self, low_rank: LowRank | None = None) -> None:
+        """Decode without the adapter: it is in the linears, or condensed to `low_rank`."""
+        self.unhook()  # nothing is left for the hooks to do, and a decoding step is faster without
+        layer, names = self.layer, self.names
+        if self.role == "skip":
+            getattr(layer, names.attention).merged = True
+            if names.norm_ffn:
+                getattr(layer, names.norm_ffn).merged = low_rank or _as_it_is
+            elif low_rank:
+                self._before(getattr(layer, names.ffn), BeforeMerged(low_rank))
+        elif low_rank:
+            self._before(getattr(layer, names.attention), BeforeMerged(low_rank))
+
+    def unmerge(self) -> None:
+        """The adapter is at work again."""
+        self.unhook()
+        if self.role == "skip":
+            getattr(self.layer, self.names.attention).merged = False
+            if self.names.norm_ffn:
+                getattr(self.layer, self.names.norm_ffn).merged = None
+        self.hook()
 
     def unhook(self) -> None:
         for handle in self.handles:
@@ -104,12 +141,16 @@ class Seat:
         self.role = self.pia = None
 
 
-def make_seats(base: nn.Module, sites: list[Site]) -> list[Seat]:
-    """One seat a decoder layer that has sites."""
+def _as_it_is(n: Tensor) -> Tensor:
+    return n
+
+
+def make_seats(base: nn.Module, sites: list[Site], prompt: Callable[[], Tensor | None]) -> list[Seat]:
+    """One seat a decoder layer that has sites; `prompt` gives the prompt mask of the forward that is running."""
     seats: dict[int, Seat] = {}
     for site in sites:
         if site.layer not in seats:
-            seats[site.layer] = Seat(base.get_submodule(site.layer_path), site)
+            seats[site.layer] = Seat(base.get_submodule(site.layer_path), site, prompt)
         seats[site.layer].sites[site.kind] = site
     return list(seats.values())
 
@@ -123,8 +164,8 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
             raise ConfigError(f"EASConfig.groups={config.groups} must divide the model's width {site.hidden_size}")
         if site.kind == "mha" and site.gain_offset is None and config.source == "attention_norm":
             raise UnsupportedModelError(
-                f"{site.layer_path}.{site.names.norm_ffn} is more than a gain, so PIA(LN1(x)) cannot take its place"
-                ' exactly; use EASConfig(source="ffn_norm")'
+                f"{site.layer_path}.{site.names.norm_ffn} is more than a gain and a bias, so PIA(LN1(x)) cannot take"
+                ' its place exactly; use EASConfig(source="ffn_norm")'
             )
         roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
         if site.kind == "mha" and config.adapt_rank:

@@ -2,20 +2,22 @@
 
 A stock layer computes x + Attention(LN1(x)), then x + FFN(LN2(x)). With zeros in the attention's slot and, in the slot
 of LN2, a module that returns g2 * PIA(LN1(x)), the same code computes x + FFN(g2 * PIA(LN1(x))): the skipped layer of
-the paper, whatever else the model's family does around it.
+the paper, whatever else the model's family does around it. A norm with a bias b2 adds it after the gain; a parallel
+layer, x + Attention(n) + FFN(n), has no norm in between, and its feed-forward takes PIA(n) as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from .errors import ConfigError, PromptError
+from .errors import ConfigError, MergeError, PromptError
 from .pia import PIA, Route
 from .prompt import PromptState, kept_state, skipped_state
 from .sites import find_sites, unwrap
@@ -50,6 +52,12 @@ def restore(layer: nn.Module, slot: str) -> None:
     layer._modules[slot] = stand_in.original
 
 
+def cache_of(kwargs: dict[str, Any]) -> Cache | None:
+    """The KV cache among an attention's keywords; families differ in what they call it."""
+    cache = kwargs.get("past_key_values")
+    return cache if cache is not None else kwargs.get("layer_past")
+
+
 class NoAttention(StandIn):
     """An attention that adds nothing and keeps nothing in the cache."""
 
@@ -57,8 +65,8 @@ class NoAttention(StandIn):
         super().__init__(original)
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
-        skipped_state(past_key_values, self.layer_idx)  # else the cache would ask this layer for its length
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        skipped_state(cache_of(kwargs), self.layer_idx)  # else the cache would ask this layer for its length
         return torch.zeros_like(hidden_states), None
 
 
@@ -71,21 +79,19 @@ class NoFeedForward(StandIn):
 
 @contextmanager
 def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ()) -> Iterator[nn.Module]:
-    """Within the block, the attentions of layers `mha` and the feed-forwards of layers `ffn` add nothing.
+    """Within the block, the attentions `mha` and the feed-forwards `ffn` add nothing; each kind is numbered by itself.
 
     No adapters take their place. The model is as before when the block ends, also by an exception: the very same
-    module objects are back. Raises ConfigError for a layer that is not there or is skipped already.
+    module objects are back. Raises ConfigError for a site that is not there or is skipped already.
     """
     plain = unwrap(model)
     placed: list[tuple[nn.Module, str]] = []
     try:
         for kind, wanted in (("mha", mha), ("ffn", ffn)):
             sites = find_sites(plain, (kind,))
-            for number in dict.fromkeys(int(layer) for layer in wanted):
+            for number in dict.fromkeys(int(site) for site in wanted):
                 if not 0 <= number < len(sites):
-                    raise ConfigError(
-                        f"skipping {kind} of layer {number}: the model's layers are 0 to {len(sites) - 1}"
-                    )
+                    raise ConfigError(f"skipping {kind} {number}: the model's are 0 to {len(sites) - 1}")
                 site = sites[number]
                 layer = plain.get_submodule(site.layer_path)
                 original = getattr(layer, site.slot)
@@ -100,26 +106,42 @@ def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ())
             restore(layer, slot)
 
 
+ABSENT = object()  # no forward of the model is running
+
+
 class Desk:
     """What the slots of one decoder layer pass to each other within one forward."""
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None  # (B, S, d), from the attention's slot to the norm's
-        self.prompt: Tensor | None = None  # (B, S) bool at prefill, None at a decoding step
+        self.value: Tensor | None = None  # (B, S, d), from the attention's slot to the feed-forward's entrance
+        self.prompt: Any = ABSENT  # (B, S) bool at prefill, None at a decoding step
         self.state: PromptState | None = None  # the layer's entry in the KV cache
+
+    def receive(self, kwargs: dict[str, Any]) -> None:
+        """Take the prompt off an attention's keywords.
+
+        It comes as a keyword because gradient checkpointing keeps those for the recomputation. A layer that does not
+        pass keywords on to its attention has the prompt that its own hook laid down here, in the same forward.
+        """
+        self.prompt = kwargs.pop("eas_prompt", self.prompt)
+        if self.prompt is ABSENT:
+            raise PromptError(
+                "an attention was called outside of a forward of the whole model, in a layer that passes no keywords"
+                " on to it. Gradient checkpointing recomputes so, and this family does not allow it: switch it off"
+            )
 
     def take(self) -> Tensor:
         value, self.value = self.value, None
         return value
 
     def clear(self) -> None:
-        self.value = self.prompt = self.state = None
+        self.value, self.prompt, self.state = None, ABSENT, None
 
     def route(self, key: str, pia: PIA, n: Tensor) -> Route:
         """The adapter's route: read from the prompt at prefill, looked up in the cache after."""
         if self.prompt is not None:
             route = pia.route(pia.mean(n, self.prompt))
-            self.state.routes[key] = route
+            self.state.routes[key], self.state.length = route, self.prompt.sum(dim=1)
             return route
         route = self.state.routes.get(key) if self.state is not None else None
         if route is None:
@@ -130,8 +152,30 @@ class Desk:
         return route
 
 
+class LowRank:
+    """An adapter condensed for the prompts of a batch: n -> gain * (n + U_b D n + b_b) + shift, exact for every row.
+
+    All rows share D (r, d) and up = gain * [U_0, U_1] (d, 2 r); `weights` (B, 1, 2, 1) are their routers' weights, and
+    `bias` (B, 1, d) is all that does not depend on n. `merging.condense` makes one.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, weights: Tensor, bias: Tensor, gain: Tensor | None) -> None:
+        self.down, self.up, self.weights, self.bias, self.gain = down, up, weights, bias, gain
+
+    def __call__(self, n: Tensor) -> Tensor:
+        if len(n) != len(self.weights):
+            raise MergeError(
+                f"the adapters are condensed for a batch of {len(self.weights)} rows and this forward has {len(n)};"
+                " generate with merge=False where rows come and go"
+            )
+        z = F.linear(n, self.down)  # (B, S, r)
+        z = (z.unsqueeze(-2) * self.weights).flatten(-2)  # (B, S, 2 r)
+        y = n if self.gain is None else n * self.gain
+        return y + F.linear(z, self.up) + self.bias
+
+
 class SkippedAttention(StandIn):
-    """Adds nothing to the residual stream; hands PIA(n) (merged: n itself) to the norm before the feed-forward."""
+    """Adds nothing to the residual stream; hands PIA(n) (merged: n itself) to the feed-forward's entrance."""
 
     def __init__(self, original: nn.Module, layer_idx: int, pia: PIA, desk: Desk, source: str) -> None:
         super().__init__(original)
@@ -139,19 +183,14 @@ class SkippedAttention(StandIn):
         self.adapter = (pia,)  # in a tuple: owned by the adapters' container, not by the base model
         self.merged = False
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        past_key_values: Cache | None = None,
-        eas_prompt: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         n, desk = hidden_states, self.desk
+        state = skipped_state(cache_of(kwargs), self.layer_idx)
         if self.merged:
             desk.value = n
             return torch.zeros_like(n), None
-        desk.prompt, desk.state = eas_prompt, skipped_state(past_key_values, self.layer_idx)
+        desk.receive(kwargs)
+        desk.state = state
         if self.source == "attention_norm":
             (pia,) = self.adapter
             desk.value = pia(n, route=desk.route("skip", pia, n))
@@ -165,19 +204,28 @@ class SkippedNorm(StandIn):
         super().__init__(original)
         self.offset, self.desk, self.source = offset, desk, source
         self.adapter = (pia,)
-        self.merged = False
+        self.merged: Callable[[Tensor], Tensor] | None = None  # in place of adapter, gain and bias
 
-    def gain(self) -> Tensor:
-        """g2, (d,)."""
-        return self.weight if self.offset == 0.0 else self.offset + self.weight.float()
+    def gain(self) -> Tensor | None:
+        """g2, (d,); None for a norm without weight."""
+        weight = self._parameters.get("weight")
+        return weight if weight is None or self.offset == 0.0 else self.offset + weight.float()
+
+    def shift(self) -> Tensor | None:
+        """b2, (d,), which a LayerNorm adds after its gain; None for a norm without bias."""
+        return self._parameters.get("bias")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.source == "attention_norm":
             y = self.desk.take()
-            return y if self.merged else (y * self.gain()).to(y.dtype)
+            if self.merged is not None:
+                return self.merged(y)
+            gain, shift = self.gain(), self.shift()
+            out = y if gain is None else y * gain
+            return (out if shift is None else out + shift).to(y.dtype)
         n = self.original(hidden_states)
-        if self.merged:
-            return n
+        if self.merged is not None:
+            return self.merged(n)
         (pia,) = self.adapter
         return pia(n, route=self.desk.route("skip", pia, n))
 
@@ -194,6 +242,15 @@ class SkippedFeedForward(StandIn):
         return pia.delta(hidden_states, self.desk.route("ffn", pia, hidden_states)).to(hidden_states.dtype)
 
 
+def _with_input(
+    args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward with the hidden states changed, however they were passed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
 class BeforeAttention:
     """Forward pre-hook of a kept attention: takes the prompt off the keywords and adapts the attention's input."""
 
@@ -201,16 +258,29 @@ class BeforeAttention:
         self.layer_idx, self.pia, self.desk = layer_idx, pia, desk
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        kwargs = dict(kwargs)
-        desk = self.desk
-        desk.prompt = kwargs.pop("eas_prompt", None)
-        desk.state = kept_state(kwargs.get("past_key_values"), self.layer_idx)
-        if self.pia is None:  # only here for a skipped feed-forward in the same layer
+        kwargs, desk, pia = dict(kwargs), self.desk, self.pia
+        desk.receive(kwargs)
+        desk.state = kept_state(cache_of(kwargs), self.layer_idx)
+        if pia is None:  # only here for a skipped feed-forward in the same layer
             return args, kwargs
-        n = args[0] if args else kwargs["hidden_states"]
-        y = self.pia(n, route=desk.route("keep", self.pia, n))
-        if args:
-            args = (y, *args[1:])
-        else:
-            kwargs["hidden_states"] = y
-        return args, kwargs
+        return _with_input(args, kwargs, lambda n: pia(n, route=desk.route("keep", pia, n)))
+
+
+class BeforeFeedForward:
+    """Forward pre-hook in a skipped, parallel layer: the feed-forward reads what the attention's slot handed over."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def __call__(self, ffn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return _with_input(args, kwargs, lambda _: self.desk.take())
+
+
+class BeforeMerged:
+    """Forward pre-hook of whatever reads a condensed adapter and has no slot before it."""
+
+    def __init__(self, low_rank: LowRank) -> None:
+        self.low_rank = low_rank
+
+    def __call__(self, reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return _with_input(args, kwargs, self.low_rank)

@@ -119,7 +119,7 @@ def attention_share(
     handles = []
     for site in (site for site in find_sites(model) if site.index in chosen):
         layer = unwrap(model).get_submodule(site.layer_path)
-        for part in (site.names.attention, site.names.norm_ffn):
+        for part in filter(None, (site.names.attention, site.names.norm_ffn)):
             kind = "attention" if part == site.names.attention else "norm"
             module = getattr(layer, part)
             handles.append(module.register_forward_pre_hook(lambda *_: starts.append(now(device)), prepend=True))

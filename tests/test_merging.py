@@ -10,13 +10,13 @@ from test_prompt import make_net
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from toys import LAYERS, WIDTH, make_batch, make_llama, make_llava, make_prompts, snapshot, text_config
+from toys import LAYERS, WIDTH, make_batch, make_llama, make_llava, make_prompts, row_of, snapshot, text_config
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eas_kit.merging
 from eas_kit.config import EASConfig
 from eas_kit.errors import MergeError
-from eas_kit.merging import MergedLinear, check_merge, fold_linear, merged
+from eas_kit.merging import MergedLinear, check_merge, condense, fold_linear, merged
 from eas_kit.model import attach
 from eas_kit.pia import PIA
 from eas_kit.sites import find_sites
@@ -105,8 +105,8 @@ class TestExact:
     def test_control_bias_with_the_merged_weight_is_wrong(self, monkeypatch):
         """A slip seen elsewhere: W' b + c in place of W b + c."""
 
-        def slip(linear, factors, gain=None):
-            weight, _ = fold_linear(linear, factors, gain)
+        def slip(linear, factors, gain=None, shift=None):
+            weight, _ = fold_linear(linear, factors, gain, shift)
             wrong = weight @ factors.bias[0]
             return weight, wrong if linear.bias is None else wrong + linear.bias
 
@@ -119,7 +119,7 @@ class TestExact:
     def test_control_a_forgotten_gain_is_wrong(self, monkeypatch):
         net = trained(make_llava(), (1, 3))
         monkeypatch.setattr(
-            eas_kit.merging, "fold_linear", lambda linear, factors, gain=None: fold_linear(linear, factors)
+            eas_kit.merging, "fold_linear", lambda linear, factors, gain, shift: fold_linear(linear, factors)
         )
         assert not check_merge(net, prompt(), max_new_tokens=4)
 
@@ -168,15 +168,118 @@ class TestExact:
         assert torch.equal(greedy(net, plain, merge=True, prompt_lookup_num_tokens=3), greedy(net, plain))
         assert torch.equal(greedy(net, plain, merge=True, cache_implementation="static"), greedy(net, plain))
 
-    def test_next_turn_on_a_merged_cache(self):
+
+class TestLowRank:
+    """A batch of different prompts: condensed adapters, every row exact."""
+
+    @pytest.mark.parametrize(
+        ("mask", "source"), [*((mask, "attention_norm") for mask in MASKS), ((0,), "ffn_norm"), ((1, 3), "ffn_norm")]
+    )
+    def test_every_row_is_unmerged_after_training(self, mask, source):
+        net, prompts = trained(make_llava(), mask, source=source), make_prompts()
+        proof = check_merge(net, prompts, max_new_tokens=7)
+        assert proof, str(proof)
+        assert (proof.form, proof.prompts, proof.folded) == ("low_rank", 3, 0)
+        assert 0 < proof.max_rel_diff <= 1e-5
+        assert str(proof).startswith(f"merged = unmerged: 3 prompts, mask {list(mask)}, adapters condensed, 7 tokens")
+        both = greedy(net, prompts, merge=True)
+        length = prompts["input_ids"].shape[1]
+        for row in range(3):  # the same text as alone, per prompt
+            alone = row_of(prompts, row)
+            assert torch.equal(greedy(net, alone, merge=True)[0, alone["input_ids"].shape[1] :], both[row, length:])
+
+    def test_one_prompt_may_be_condensed_too(self):
         net, inputs = trained(make_llava(), (0, 2)), prompt()
-        for merge in (False, True):
-            out = net.generate(**inputs, merge=merge, max_new_tokens=3, return_dict_in_generate=True)
-            turn = torch.cat([out.sequences, torch.tensor([[11, 12, 13]])], 1)
-            again = net.generate(input_ids=turn, past_key_values=out.past_key_values, merge=merge, max_new_tokens=4)
-            if not merge:
-                expected = again
-        assert torch.equal(again, expected)
+        proof = check_merge(net, inputs, max_new_tokens=5, form="low_rank")
+        assert proof
+        assert proof.form == "low_rank"
+
+    def test_condensed_is_gain_times_adapter_plus_shift(self):
+        torch.manual_seed(0)
+        for paths in (1, 2):
+            pia = PIA(14, 6, 2, scale=0.7, paths=paths).double().eval()
+            for parameter in pia.parameters():
+                parameter.data = torch.randn_like(parameter)
+            route = pia.route(torch.randn(3, 14, dtype=torch.float64))
+            n, gain, shift = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 5, 14), (14,), (14,)))
+            expected = pia(n, route=route) * gain + shift
+            torch.testing.assert_close(condense(pia, route, gain, shift)(n), expected, atol=1e-12, rtol=0)
+            torch.testing.assert_close(condense(pia, route)(n), pia(n, route=route), atol=1e-12, rtol=0)
+            assert not torch.allclose(condense(pia, route, gain, shift)(n.flip(0)), expected.flip(0))  # rows differ
+
+    @pytest.mark.parametrize(
+        "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}]
+    )
+    def test_ways_of_generating(self, options):
+        net, prompts = trained(make_llava(), (0, 2)), make_prompts()
+        assert torch.equal(greedy(net, prompts, merge=True, **options), greedy(net, prompts, **options))
+
+    def test_rows_must_be_those_of_the_prompts(self):
+        net, prompts = make_net((0, 2)), make_prompts()
+        cache = net.prefill(**prompts).past_key_values
+        with merged(net, cache):
+            assert net._merge.form == "low_rank"
+            cache.batch_select_indices(torch.tensor([0, 2]))
+            with pytest.raises(
+                MergeError, match="condensed for a batch of 3 rows and this forward has 2; generate with"
+            ):
+                net(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+
+    def test_where_linears_cannot_be_rewritten(self):
+        model = make_llama()
+        for layer in model.model.layers:
+            layer.mlp.up_proj.__class__ = type("Quantised", (nn.Linear,), {})
+        net = make_net((0, 2), model=model)
+        inputs = prompt(False)
+        for prompts in (inputs, make_prompts(images=None)):
+            expected = greedy(net, prompts)
+            with pytest.raises(MergeError, match=r"cannot merge site 0 \(model.layers.0\).*Quantised"):
+                net.generate(**prompts, merge=True)
+            assert torch.equal(greedy(net, prompts, merge="low_rank"), expected)
+
+
+class TestCompiled:
+    """Static cache and torch.compile, as generate does it: one graph for all prompts."""
+
+    def decode(self, net, prompts, **options):
+        from transformers import CompileConfig
+
+        config = CompileConfig(backend="eager", fullgraph=True)
+        config._compile_all_devices = True
+        return greedy(net, prompts, cache_implementation="static", compile_config=config, **options)
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_a_second_prompt_compiles_nothing_anew(self, rows, merge):
+        net = trained(make_llava(), (0, 2))
+        batches = [
+            {key: value[:rows] for key, value in make_prompts((7, 7, 7), (True,) * 3, seed=seed).items()}
+            for seed in (0, 1, 2)
+        ]
+        expected = [greedy(net, batch) for batch in batches]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        graphs = []
+        for batch, text in zip(batches, expected, strict=True):
+            assert torch.equal(self.decode(net, batch, merge=merge), text)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs[0] >= 1
+        assert graphs == graphs[:1] * 3, graphs
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+    def test_folded_tensors_keep_their_place(self):
+        net, places = trained(make_llava(), (0, 2)), []
+        for seed in (0, 1):
+            inputs = make_prompts((7,), (True,), seed=seed)
+            with merged(net, net.prefill(**inputs).past_key_values):
+                linear = net.base.get_submodule("model.language_model.layers.0.mlp.up_proj")
+                places.append((id(linear), *(t.data_ptr() for t in linear.folded)))
+        assert places[0] == places[1]
+        with torch.inference_mode():  # and may be written to inside and outside of inference mode
+            greedy(net, inputs, merge=True)
+        greedy(net, inputs, merge=True)
+        net.mask = (1,)
+        assert not net._folded  # given back
 
 
 class Touched(TorchDispatchMode):
@@ -253,13 +356,17 @@ class TestCost:
 class TestRefused:
     def test_several_prompts(self):
         net, prompts = make_net((0, 2)), make_prompts()
-        with pytest.raises(MergeError, match="for one prompt, but the inputs hold 3; generate them one by one"):
-            net.generate(**prompts, merge=True)
+        with pytest.raises(MergeError, match='for one prompt, but the inputs hold 3; .*merge="low_rank"'):
+            net.generate(**prompts, merge="per_prompt")
         with (
-            pytest.raises(MergeError, match="the cache holds 3 different prompts; a merge is for one"),
-            merged(net, net.prefill(**prompts).past_key_values),
+            pytest.raises(MergeError, match='the cache holds different prompts.*use form "low_rank"'),
+            merged(net, net.prefill(**prompts).past_key_values, "per_prompt"),
         ):
             pass
+        with pytest.raises(MergeError, match="wanted merge=False, True or one of .*got 'static'"):
+            net.generate(**prompts, merge="static")
+        with pytest.raises(MergeError, match="merged: wanted one of .*got 'x'"):
+            merged(net, net.prefill(**prompts).past_key_values, "x").__enter__()
         assert not net.is_merged
 
     def test_stale_merge(self):
@@ -295,7 +402,7 @@ class TestRefused:
                 lambda: net.detach(),
                 lambda: net.save_pretrained(tmp_path / "x"),
             ):
-                with pytest.raises(MergeError, match=r"leave the block of merged\(net, cache\) first"):
+                with pytest.raises(MergeError, match=r"leave the block of merged\(net, cache\) or of"):
                     action()
             assert net.is_merged
             merged_once = torch.stack(net.base.get_submodule("model.language_model.layers.0.mlp.up_proj").folded[:1])

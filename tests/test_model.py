@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from test_prompt import CLOSE, MASKS, make_net
+from test_sites_and_slots import Squashed
 from torch import nn
-from toys import LAYERS, WIDTH, make_llama, make_llava, snapshot, stir, text_config
-from transformers import DynamicCache, LlamaForCausalLM
+from toys import LAYERS, WIDTH, make_batch, make_llama, make_llava, snapshot, stir, text_config
+from transformers import DynamicCache, LlamaForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from eas_kit.config import EASConfig
 from eas_kit.errors import ConfigError, EASError, PromptError, UnsupportedModelError
@@ -236,11 +237,34 @@ class TestAttachDetach:
     def test_norms_that_are_more_than_a_gain(self):
         model = make_llama()
         for layer in model.model.layers:
-            layer.post_attention_layernorm = nn.LayerNorm(WIDTH)
-        with pytest.raises(UnsupportedModelError, match='is more than a gain.*use EASConfig\\(source="ffn_norm"\\)'):
+            layer.post_attention_layernorm = Squashed(WIDTH)
+        with pytest.raises(
+            UnsupportedModelError, match='is more than a gain and a bias.*use EASConfig\\(source="ffn_norm"\\)'
+        ):
             attach(model)
         net = make_net((0, 2), model=model, source="ffn_norm")
         assert net(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+    def test_a_layer_that_passes_no_keywords_on(self):
+        """StableLM's: the prompt reaches its attention all the same, but not in a recomputation."""
+        sizes = {key: value for key, value in text_config().to_dict().items() if key != "model_type"}
+        net = attach(StableLmForCausalLM(StableLmConfig(**sizes)), EASConfig(skip_rank=6, adapt_rank=4, dropout=0))
+        stir(net.adapters)
+        net.mask = (0, 2)
+        batch = make_batch(images=None)
+        net.train()
+        loss = net(**batch).loss
+        loss.backward()
+        net.eval()
+        torch.testing.assert_close(net(**batch).loss, loss)
+        other = batch["labels"].clone()
+        other[:, 4] = batch["input_ids"][:, 4]  # a shorter prompt
+        assert not torch.allclose(net(**batch | {"labels": other}).logits, net(**batch).logits)
+        net.train().gradient_checkpointing_enable()
+        with pytest.raises(
+            PromptError, match="Gradient checkpointing recomputes so, and this family does not allow it"
+        ):
+            net(**batch).loss.backward()
 
     def test_on_the_meta_device(self):
         """Where operations are counted without any weights."""

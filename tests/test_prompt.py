@@ -221,15 +221,25 @@ class TestGenerate:
                     tokens.append(int(out.logits[0, -1].argmax()))
         assert seen == expected
 
-    def test_next_turn_keeps_the_first_prompts_route(self, make_prompts):
-        """Documented: a cache that knows its prompt keeps it; new turns are not prompt."""
-        net, prompts = make_net(), make_prompts((7,), (True,))
+    @pytest.mark.parametrize("mask", [(), (0, 2)])
+    def test_a_growing_chat_on_an_old_cache_is_refused(self, mask, make_prompts):
+        """The skipped layers' mean would be that of the first turn; read anew, the whole chat has another."""
+        net, prompts = make_net(mask), make_prompts((7,), (True,))
         out = net.generate(**prompts, max_new_tokens=3, return_dict_in_generate=True)
-        route = out.past_key_values.layers[2].routes["skip"]
         turn = torch.cat([out.sequences, torch.tensor([[11, 12, 13]])], 1)
-        again = net.generate(input_ids=turn, max_new_tokens=3, past_key_values=out.past_key_values)
-        assert again.shape[1] == turn.shape[1] + 3
-        assert out.past_key_values.layers[2].routes["skip"] is route
+        for merge in (False, True):
+            with pytest.raises(PromptError, match=r"has read prompts of \[16\].*inputs hold \[22\].*read anew"):
+                net.generate(input_ids=turn, max_new_tokens=3, past_key_values=out.past_key_values, merge=merge)
+
+    def test_a_prefilled_prompt_goes_on(self, make_prompts):
+        net, prompts = make_net(), make_prompts((7, 7, 7), (True,) * 3)
+        expected = net.generate(**prompts, max_new_tokens=5, do_sample=False)
+        for merge in (False, True):
+            cache = net.prefill(**prompts).past_key_values
+            cache.crop(-1)
+            text = {key: value for key, value in prompts.items() if key != "pixel_values"}
+            out = net.generate(**text, past_key_values=cache, merge=merge, max_new_tokens=5, do_sample=False)
+            assert torch.equal(out, expected)
 
 
 class TestCacheState:

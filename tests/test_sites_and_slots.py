@@ -6,12 +6,25 @@ import pytest
 import torch
 from torch import nn
 from toys import LAYERS, WIDTH, make_llama, make_llava, snapshot, stir, text_config
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
 
 from eas_kit.config import EASConfig
 from eas_kit.errors import ConfigError, UnsupportedModelError
+from eas_kit.families import ATTENTION_READERS, FFN_READERS, gain_offset, readers
 from eas_kit.model import attach
-from eas_kit.sites import describe, find_sites, gain_offset
+from eas_kit.sites import describe, find_sites
 from eas_kit.slots import skipping
 
 
@@ -64,41 +77,105 @@ def test_describe_says_why_a_layer_cannot_merge():
     assert table.reason[3].startswith("LlamaMLP.up_proj is a test_sites_and_slots.Quantised, not a plain nn.Linear")
 
 
+SMALL = {"vocab_size": 17, "hidden_size": 12, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": None}
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "message"),
     [
-        GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=12, n_head=2, vocab_size=17, n_positions=11)),
-        Olmo2ForCausalLM(
-            Olmo2Config(
-                vocab_size=17,
-                hidden_size=12,
-                intermediate_size=14,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                pad_token_id=0,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
+        (
+            lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL, intermediate_size=14, num_attention_heads=2)),
+            "Olmo2DecoderLayer: wanted norm - attention - norm - feed-forward.*norms only after their parts.*add a row",
         ),
-        nn.Linear(3, 5),
+        (
+            lambda: MambaForCausalLM(MambaConfig(**SMALL)),
+            "MambaBlock: wanted .*it has norm, mixer.*something else than softmax attention",
+        ),
+        (  # its attention adds the residual stream itself: the names of Falcon's parts, another sum
+            lambda: BloomForCausalLM(BloomConfig(vocab_size=17, hidden_size=12, n_layer=2, n_head=2)),
+            "BloomBlock has post_attention_layernorm beside a norm, an attention and a feed-forward",
+        ),
+        (lambda: nn.Linear(3, 5), "Linear: wanted a decoder with a list of layers or h, found none"),
     ],
-    ids=["gpt2", "norms only after", "no decoder"],
+    ids=["norms only after", "no attention", "one part too many", "no decoder"],
 )
-def test_models_that_do_not_fit_are_refused_by_name(model):
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel|Olmo2DecoderLayer|Linear"):
-        find_sites(model)
+def test_models_that_do_not_fit_are_refused_by_name(model, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_sites(model())
+
+
+def test_layers_that_share_keys_and_values_have_no_sites(monkeypatch):
+    monkeypatch.setattr(LlamaConfig, "kv_sharing_modes", [None, None, "store", "reuse", None], raising=False)
+    table = describe(make_llama())
+    assert table.site.tolist()[:3] == [0, 1, 2]
+    assert table.path.tolist() == [f"model.layers.{i}.self_attn" for i in (0, 1, 4)] + [
+        "model.layers.2",
+        "model.layers.3",
+    ]
+    assert "keys and values of this layer are shared with other layers ('store')" in table.reason[3]
+
+
+def test_layers_without_attention_are_left_out():
+    """LFM2: short convolutions and attentions. Sites are the attentions; the others are listed with the reason."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kinds = ["conv", "full_attention", "conv", "full_attention", "full_attention"]
+    model = Lfm2ForCausalLM(Lfm2Config(**SMALL | sizes | {"num_hidden_layers": 5}, layer_types=kinds)).eval()
+    assert [(site.index, site.layer) for site in find_sites(model)] == [(0, 1), (1, 3), (2, 4)]
+    table = describe(model)
+    assert table.site.isna().tolist() == [False] * 3 + [True] * 2
+    assert table.mergeable.tolist() == [True] * 3 + [False] * 2
+    assert table.reason[3].startswith("no site: Lfm2DecoderLayer: wanted norm - attention - norm - feed-forward")
+    net = attach(model, EASConfig(skip_rank=6, adapt_rank=4))
+    with pytest.raises(ConfigError, match="skips all 3 attentions; keep at least one"):
+        net.mask = [0, 1, 2]
+    net.mask = [0, 2]
+    assert [type(layer.self_attn).__name__ for layer in model.model.layers if hasattr(layer, "self_attn")] == [
+        "SkippedAttention",
+        "Lfm2Attention",
+        "SkippedAttention",
+    ]
+
+
+def test_a_part_that_nobody_named_is_not_merged():
+    """Or a reader of the input would be left without the adapter: the gates of some attentions, an expert."""
+    layer = make_llama().model.layers[0]
+    assert readers(layer.self_attn, ATTENTION_READERS) == ("q_proj", "k_proj", "v_proj")
+    layer.self_attn.gate_proj = nn.Linear(WIDTH, 7)
+    with pytest.raises(UnsupportedModelError, match='LlamaAttention has gate_proj, of which.*merge="low_rank"'):
+        readers(layer.self_attn, ATTENTION_READERS)
+    layer.mlp.shared = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UnsupportedModelError, match="LlamaMLP has shared, of which"):
+        readers(layer.mlp, FFN_READERS)
+    with pytest.raises(UnsupportedModelError, match="Identity has no linears"):
+        readers(nn.Identity(), FFN_READERS)
 
 
 def test_gain_offset_tells_the_norms_apart():
     llama = make_llama().model.layers[0].post_attention_layernorm
-    assert gain_offset(llama) == 0.0
+    assert gain_offset(llama, WIDTH) == 0.0
     gemma = GemmaForCausalLM(GemmaConfig(**gemma_sizes())).model.layers[0].post_attention_layernorm
-    assert gain_offset(gemma) == 1.0
-    assert gain_offset(nn.LayerNorm(7)) is None
-    assert gain_offset(nn.LayerNorm(7, bias=False)) is None  # takes the mean away: more than a gain
-    assert gain_offset(nn.RMSNorm(7)) == 0.0
-    assert gain_offset(nn.Identity()) is None
-    assert gain_offset(nn.RMSNorm(7, device="meta")) == 0.0  # needs no weights
+    assert gain_offset(gemma, WIDTH) == 1.0
+    for width in (7, 12):
+        assert gain_offset(nn.LayerNorm(width), width) == 0.0
+        assert gain_offset(nn.LayerNorm(width, bias=False), width) == 0.0
+        assert gain_offset(nn.LayerNorm(width, elementwise_affine=False), width) == 0.0
+        assert gain_offset(nn.RMSNorm(width), width) == 0.0
+        assert gain_offset(nn.RMSNorm(width, device="meta"), width) == 0.0  # needs no weights
+        assert gain_offset(nn.Identity(), width) is None  # normalises nothing
+        assert gain_offset(nn.Linear(width, width), width) is None
+        assert gain_offset(nn.BatchNorm1d(width), width) is None
+        assert gain_offset(Squashed(width), width) is None
+
+
+class Squashed(nn.Module):
+    """A norm that is more than a gain and a bias."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return self.weight * torch.tanh(x) + self.bias
 
 
 def gemma_sizes() -> dict:
@@ -130,7 +207,7 @@ def test_skipping_restores_after_an_exception():
     with pytest.raises(KeyError), skipping(model, mha=[0]):
         raise KeyError
     with (
-        pytest.raises(ConfigError, match="skipping mha of layer 5: the model's layers are 0 to 4"),
+        pytest.raises(ConfigError, match="skipping mha 5: the model's are 0 to 4"),
         skipping(model, [2, 5]),
     ):
         pass
