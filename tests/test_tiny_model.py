@@ -59,7 +59,7 @@ def test_same_path_for_any_folder(tiny, tmp_path):
     BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "text")
     with pytest.raises(EASError, match=r"give device='cpu' or device_map='auto', not both"):
         eas.load_model(tmp_path, device="cpu", device_map="auto")
-    with pytest.raises(EASError, match=r"is not a model that reads images and text.*attach, probe and search"):
+    with pytest.raises(EASError, match=r"is BertConfig, an encoder; wanted a decoder model"):
         eas.load_model(tmp_path / "text")
     with pytest.raises(EASError, match=r"no model .*nowhere.* not bundled \(tiny\)"):
         eas.load_model(tmp_path / "nowhere", local_files_only=True)
