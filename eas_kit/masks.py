@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import operator
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .config import read_json
+from .config import is_int, read_json
 from .errors import ConfigError
 
 FORMAT = 1
@@ -64,19 +65,22 @@ def save_mask(
 def read_mask(path: str | Path) -> dict[str, Any]:
     """The whole record that `save_mask` wrote, checked."""
     record = read_json(path, what="mask")
-    if record.get("format") != FORMAT:
-        raise ConfigError(f"mask {path}: wanted format {FORMAT}, got {record.get('format')!r}; update eas_kit")
-    missing = [key for key in ("num_sites", "skipped") if key not in record]
+    missing = [key for key in ("format", "num_sites", "skipped") if key not in record]
     if missing:
         raise ConfigError(f"mask {path} has no {missing}; save it with eas_kit.masks.save_mask")
+    if not is_int(record["format"], 1) or not is_int(record["num_sites"], 1) or not isinstance(record["skipped"], list):
+        raise ConfigError(
+            f"mask {path}: wanted whole numbers for format and num_sites and a list for skipped, got"
+            f" {record['format']!r}, {record['num_sites']!r}, {record['skipped']!r}"
+        )
+    if record["format"] > FORMAT:
+        warnings.warn(
+            f"mask {path} has format {record['format']}, this version of eas_kit knows format {FORMAT}: only its"
+            " skipped sites are read",
+            stacklevel=3,
+        )
     record["skipped"] = list(check_mask(record["skipped"], record["num_sites"]))
     return record
-
-
-def read_origin(path: str | Path) -> dict[str, Any]:
-    """Who chose the mask in `path`, and with which seed: made_by, seed."""
-    record = read_mask(path)
-    return {"made_by": record.get("made_by", "user"), "seed": record.get("seed")}
 
 
 def load_mask(path: str | Path, *, num_sites: int | None = None) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import EASConfig
 from .errors import ConfigError, EASError, MergeError, PromptError
+from .hub import push
 from .masks import check_mask
 from .merging import (
     FORMS,
@@ -344,9 +345,21 @@ class EASModel(nn.Module):
         return bool(self.base.is_gradient_checkpointing if value is None else value)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_config.json, adapter_model.safetensors and mask.json: all or nothing."""
+        """Write adapter_config.json, adapter_model.safetensors, mask.json and a model card: all or nothing.
+
+        A README.md that is not from here, or was edited, is kept. `eas_kit.load(folder)` needs nothing else.
+        """
         self._check_usable("save")
         save_adapters(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Put the files of `save_pretrained` into the repository `user/name` of the Hugging Face hub.
+
+        It is made if it does not exist. `options`: private, token, revision (a branch), create_pr, commit_message.
+        Returns huggingface_hub's CommitInfo; its errors (no right to write there, no connection) come as they are.
+        """
+        self._check_usable("push")
+        return push(self, repo_id, **options)
 
     def detach(self) -> nn.Module:
         """See `detach`."""
@@ -386,9 +399,12 @@ def detach(net: EASModel) -> nn.Module:
 
 
 def load(folder: str | Path, base: nn.Module | None = None, **kwargs: Any) -> EASModel:
-    """An EASModel from a folder written by `net.save_pretrained`, with its mask set.
+    """An EASModel from what `net.save_pretrained` or `net.push_to_hub` wrote, with its mask set.
 
-    `base` is the model it was attached to; without it, `eas_kit.load_model` loads the one named in the folder
-    (`kwargs` go there). Raises ConfigError for missing files and for a base of another shape.
+    `folder` is a folder, or `user/name` on the Hugging Face hub, where `revision` is that of the adapters. `base` is
+    the model they were attached to; without it, `eas_kit.load_model` loads the one that the folder names, at the
+    revision and in the dtype noted there (`kwargs` go to it; `token`, `cache_dir`, `local_files_only` hold for both).
+    Warns for a folder from a newer version and for a base of another revision. Raises ConfigError for files that are
+    missing, damaged or do not go together, and for a base of another class or shape, which is left as it was.
     """
-    return load_adapters(EASModel, Path(folder), base, kwargs)
+    return load_adapters(EASModel, folder, base, kwargs)

@@ -122,9 +122,13 @@ def test_wrong_mask_files(tmp_path):
     path = tmp_path / "mask.json"
     with pytest.raises(ConfigError, match="mask: no file"):
         load_mask(path)
-    path.write_text('{"format": 2, "num_sites": 3, "skipped": []}')
-    with pytest.raises(ConfigError, match="wanted format 1, got 2"):
-        load_mask(path)
+    path.write_text('{"format": 2, "num_sites": 3, "skipped": [1], "new": 5}')
+    with pytest.warns(UserWarning, match="has format 2, this version of eas_kit knows format 1"):
+        assert load_mask(path) == (1,)
     path.write_text('{"format": 1}')
     with pytest.raises(ConfigError, match="has no \\['num_sites', 'skipped'\\]"):
         load_mask(path)
+    for wrong in ({"format": "1"}, {"num_sites": "three"}, {"skipped": None}, {"skipped": 1}):
+        path.write_text(json.dumps({"format": 1, "num_sites": 3, "skipped": []} | wrong))
+        with pytest.raises(ConfigError, match="wanted whole numbers for format and num_sites and a list for skipped"):
+            load_mask(path)
