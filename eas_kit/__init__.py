@@ -34,6 +34,7 @@ _HOME = {
     "save_mask": "masks",
     "search": "training",
     "skipping": "slots",
+    "static_merge": "static",
     "update_preferences": "bandit",
 }
 
