@@ -1,4 +1,4 @@
-"""What EAS is compared with: full tuning and LoRA (peft).
+"""What EAS is compared with: full tuning, LoRA (peft), bottleneck adapters, and whole layers skipped (as DAS does).
 
 Each function prepares a model that `fit` and a task's `evaluate` take as it is, and says which share of the model's
 parameters it trains. The vision tower is never trained: modules are picked by their full path inside of the language
@@ -7,10 +7,16 @@ model, not by a name like "q_proj", which vision towers use as well.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import ConfigError
-from .sites import decoder_layers
+from .masks import check_mask
+from .sites import decoder_layers, find_sites
 
 VISION = ("vision", "visual", "image_encoder")  # in the paths of vision towers
 
@@ -40,6 +46,71 @@ def lora(
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
     tuned = get_peft_model(model, config)
     return tuned, _share(tuned)
+
+
+class Bottleneck(nn.Module):
+    """x + up(silu(down(x))), d -> rank -> d; `up` starts at zero, so a new one returns its input."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(hidden_size, rank), nn.Linear(rank, hidden_size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.silu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+
+
+class LayerAdapter(Bottleneck):
+    """A bottleneck in the place of a whole decoder layer: takes a layer's arguments, keeps nothing in the cache."""
+
+    def __init__(self, layer: nn.Module, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        if hasattr(
+            layer, "attention_type"
+        ):  # decoders with several kinds of attention mask ask each layer for its kind
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states)
+
+
+def bottlenecks(model: nn.Module, rank: int = 128) -> tuple[nn.Module, float]:
+    """A bottleneck adapter behind the feed-forward of every decoder layer, the rest frozen: one a layer, as "Adapter"
+    in the paper's Table 1. Returns the model (the same object, changed) and the trainable share of its parameters.
+    """
+    sites = find_sites(model, ("ffn",))
+    model.requires_grad_(False)
+    for site in sites:
+        layer = model.get_submodule(site.layer_path)
+        ffn = getattr(layer, site.slot)
+        setattr(layer, site.slot, nn.Sequential(ffn, _like(Bottleneck(site.hidden_size, rank), ffn)))
+    return model, _share(model)
+
+
+def skip_layers(model: nn.Module, layers: Iterable[int], rank: int = 128) -> tuple[nn.Module, float]:
+    """Whole decoder layers replaced by a bottleneck each, the rest frozen: what Dynamic Architecture Skipping (DAS)
+    leaves, where EAS skips attentions and keeps feed-forwards. Returns as `bottlenecks`.
+
+    Raises ConfigError for a layer that is not there, and for layer 0: the KV cache takes its length from that entry,
+    so that without it every decoded token would be placed at the start.
+    """
+    sites = find_sites(model)
+    chosen = check_mask(layers, len(sites))
+    if 0 in chosen:
+        raise ConfigError("skip_layers: layer 0 must stay, as the KV cache takes its length from it; skip a later one")
+    model.requires_grad_(False)
+    _, stack = decoder_layers(model)
+    for number in chosen:
+        layer = stack[number]
+        stack[number] = _like(LayerAdapter(layer, sites[number].hidden_size, rank), layer)
+    return model, _share(model)
+
+
+def _like(new: nn.Module, old: nn.Module) -> nn.Module:
+    """`new` on the device and in the mode of `old`; in float32 or wider, as small steps of an optimiser need it."""
+    weight = next(old.parameters())
+    return new.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).train(old.training)
 
 
 def language_linears(model: nn.Module, linears: tuple[str, ...] | None = None) -> list[str]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from .counting import PARTS, count_flops, flops, parameters
-from .timing import attention_share, compare_latency, latency, peak_memory
+from .roofline import bandwidth, decode_bytes
+from .timing import attention_share, compare_calls, compare_latency, latency, peak_memory
 
 __all__ = [
     "PARTS",
     "attention_share",
+    "bandwidth",
+    "compare_calls",
     "compare_latency",
     "count_flops",
+    "decode_bytes",
     "flops",
     "latency",
     "parameters",

@@ -115,6 +115,27 @@ def device_name(device: Any = "cpu") -> str:
     return f"cpu ({threads} thread{'s' if threads > 1 else ''})" if device.type == "cpu" else str(device)
 
 
+def machine(device: Any = "cpu") -> dict[str, Any]:
+    """What a time was measured on: `device` as `device_name` says it, `processor`, `cores` and torch's `threads`."""
+    import torch
+
+    return {
+        "device": device_name(device),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,11 +44,12 @@ def latency(
     """Times of greedy generation of exactly `new_tokens` tokens, in seconds.
 
     `net`: a model, or a function with the keywords of `generate` (to time `merge=True`, say). prefill: until the
-    first token is ready, merging included; decode: all further tokens; decode_per_token; total. Each is a dict of
+    first token is ready, merging included; decode: all further tokens; decode_per_token: one of their steps, for all
+    rows of the batch together; total; and tokens_per_second: tokens of all rows, while decoding. Each is a dict of
     median, low and high (quartiles) and `runs`.
     """
     runs = [_timed(net, inputs, new_tokens, generate) for _ in range(warmup + repeats)][warmup:]
-    return {"new_tokens": new_tokens, "repeats": repeats} | _summaries(runs)
+    return {"new_tokens": new_tokens, "repeats": repeats} | _summaries(runs, new_tokens, _rows(inputs))
 
 
 def compare_latency(
@@ -76,10 +77,10 @@ def compare_latency(
         times = {name: _timed(arm, inputs, new_tokens, generate) for name, arm in arms.items()}
         if number >= warmup:
             rounds.append(times)
-    found = {name: _summaries([times[name] for times in rounds]) for name in arms}
+    found = {name: _summaries([times[name] for times in rounds], new_tokens, _rows(inputs)) for name in arms}
     speedup = {
         name: {
-            part: _spread([times[baseline][part] / times[name][part] for times in rounds])
+            part: spread([times[baseline][part] / times[name][part] for times in rounds])
             for part in ("prefill", "decode", "total")
             if all(times[name][part] > 0 for times in rounds)
         }
@@ -94,6 +95,32 @@ def compare_latency(
         "baseline": baseline,
         "arms": found,
         "speedup": speedup,
+    }
+
+
+def compare_calls(
+    calls: Mapping[str, Callable[[], Any]], device: Any = "cpu", repeats: int = 7, warmup: int = 1
+) -> dict[str, Any]:
+    """Times functions without arguments in turn, round by round, as `compare_latency` does models.
+
+    Returns `seconds`: name -> dict of median, low, high and runs; `ratio`: name -> the same of the rounds' ratios
+    first function / this one; above 1 is faster than the first.
+    """
+    if not calls:
+        raise ConfigError("compare_calls needs at least one function, such as {'fold': lambda: ...}.")
+    device, rounds = torch.device(device), []
+    for _ in range(warmup + repeats):
+        times = {}
+        for name, call in calls.items():
+            start = now(device)
+            call()
+            times[name] = now(device) - start
+        rounds.append(times)
+    rounds, first = rounds[warmup:], next(iter(calls))
+    return {
+        "repeats": repeats,
+        "seconds": {name: spread([times[name] for times in rounds]) for name in calls},
+        "ratio": {name: spread([times[first] / times[name] for times in rounds]) for name in calls},
     }
 
 
@@ -166,11 +193,22 @@ def _timed(net: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int, genera
     return {"prefill": first - start, "decode": last - first, "total": last - start, "first": first}
 
 
-def _summaries(runs: list[dict]) -> dict[str, Any]:
-    return {part: _spread([run[part] for run in runs]) for part in ("prefill", "decode", "total")}
+def _rows(inputs: Mapping[str, torch.Tensor]) -> int:
+    return len(next(iter(inputs.values())))
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _summaries(runs: list[dict], new_tokens: int, rows: int) -> dict[str, Any]:
+    found = {part: spread([run[part] for run in runs]) for part in ("prefill", "decode", "total")}
+    if new_tokens > 1:  # else nothing was decoded
+        steps = [run["decode"] / (new_tokens - 1) for run in runs]
+        found["decode_per_token"] = spread(steps)
+        if min(steps) > 0:
+            found["tokens_per_second"] = spread([rows / step for step in steps])
+    return found
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """median, low and high (quartiles), and the values themselves as `runs`."""
     low, high = (values[0], values[0]) if len(values) == 1 else _quartiles(values)
     return {"median": statistics.median(values), "low": low, "high": high, "runs": values}
 

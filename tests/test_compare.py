@@ -14,7 +14,7 @@ import toys
 import eas_kit as eas
 from eas_kit import cache, compare
 from eas_kit.arms import CHOICES, Arm, Plan, standard_arms
-from eas_kit.baselines import full_tuning, language_linears, lora
+from eas_kit.baselines import bottlenecks, full_tuning, language_linears, lora, skip_layers
 from eas_kit.cache import Busy, cached
 from eas_kit.compare import run_arms, summary
 from eas_kit.errors import ConfigError
@@ -55,6 +55,69 @@ def test_lora_is_in_the_language_model_only():
     assert len({name.split(".lora_")[0] for name in trained(few)}) == 10
     with pytest.raises(ConfigError, match=r"linears: wanted some of .*'down_proj'.*got \['qkv'\]"):
         language_linears(toys.make_llava(), ("qkv",))
+
+
+def stirred(model, seed=3):
+    """The same model with its trainable part away from where it starts."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def test_a_bottleneck_stands_behind_every_feed_forward():
+    inputs = toys.make_prompts()
+    before = toys.make_llava()(**inputs).logits
+    model, share = bottlenecks(toys.make_llava(), rank=7)
+    d = toys.WIDTH
+    assert share == 5 * (2 * d * 7 + 7 + d) / sum(p.numel() for p in model.parameters())
+    assert len(trained(model)) == 5 * 4
+    assert all("language_model.layers" in name for name in trained(model))
+    assert torch.equal(model(**inputs).logits, before)
+    seen = []
+    stack = stirred(model).model.language_model.layers
+    stack[2].mlp[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    stack[2].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert not torch.allclose(model(**inputs).logits, before, atol=1e-2)
+    plain, adapted = seen
+    down, up = stack[2].mlp[1].down, stack[2].mlp[1].up
+    hidden = plain @ down.weight.T + down.bias
+    assert torch.allclose(adapted, plain + (hidden * torch.sigmoid(hidden)) @ up.weight.T + up.bias, atol=1e-5)
+
+
+@torch.no_grad()
+def test_skipped_layers_leave_a_shorter_model():
+    inputs = toys.make_prompts(images=None)
+    model, share = skip_layers(toys.make_llama(), [1, 4], rank=7)
+    d = toys.WIDTH
+    assert share == 2 * (2 * d * 7 + 7 + d) / sum(p.numel() for p in model.parameters())
+    shorter = toys.make_llama(num_hidden_layers=3)
+    kept = toys.make_llama()
+    for new, old in enumerate((0, 2, 3)):
+        shorter.model.layers[new].load_state_dict(kept.model.layers[old].state_dict())
+    for part in ("embed_tokens", "norm"):
+        getattr(shorter.model, part).load_state_dict(getattr(kept.model, part).state_dict())
+    shorter.lm_head.load_state_dict(kept.lm_head.state_dict())
+    assert torch.allclose(model(**inputs).logits, shorter(**inputs).logits, atol=1e-5)
+    assert not torch.allclose(model(**inputs).logits, kept(**inputs).logits, atol=1e-2)
+    # A layer that is gone keeps nothing in the cache, and the cache knows its length all the same.
+    options = {"max_new_tokens": 7, "do_sample": False}
+    expected = stirred(model).generate(**inputs, **options, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), expected)
+    with pytest.raises(ConfigError, match=r"layer 0 must stay, as the KV cache takes its length from it"):
+        skip_layers(toys.make_llama(), [0, 2])
+    with pytest.raises(ConfigError, match=r"sites are numbered 0 to 4"):
+        skip_layers(toys.make_llama(), [5])
+
+
+@pytest.mark.parametrize("make", [bottlenecks, lambda model: skip_layers(model, [2])])
+def test_adapters_of_a_half_precision_model_train_in_float32(make):
+    model, _ = make(toys.make_llama().to(torch.bfloat16))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(**toys.make_prompts(images=None)).logits.dtype == torch.bfloat16
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import toys
 from transformers import LlamaConfig
 
 import eas_kit as eas
-from eas_kit import measure
+from eas_kit import baselines, measure, roofline, timing
 from eas_kit.errors import ConfigError
 
 LLAMA_7B = {
@@ -175,6 +175,39 @@ def test_latency_takes_prefill_and_decode_apart(net):
     )
 
 
+def test_latency_counts_tokens_of_all_rows(net):
+    inputs = toys.make_prompts()  # three rows
+    found = measure.latency(net, inputs, new_tokens=5, repeats=2)
+    for run in range(2):
+        step = found["decode_per_token"]["runs"][run]
+        assert step == found["decode"]["runs"][run] / 4
+        assert found["tokens_per_second"]["runs"][run] == pytest.approx(3 / step)
+    assert "decode_per_token" not in measure.latency(net, inputs, new_tokens=1, repeats=1)
+
+
+def test_calls_are_compared_round_by_round(monkeypatch):
+    clock, log = [0.0], []
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
+
+    def call(name, *seconds):
+        taken = iter(seconds)
+
+        def run():
+            log.append(name)
+            clock[0] += next(taken)
+
+        return run
+
+    found = measure.compare_calls({"dense": call("dense", 9, 8, 6), "rank": call("rank", 9, 2, 3)}, repeats=2)
+    assert log == ["dense", "rank"] * 3  # one round to warm up
+    assert found["seconds"]["dense"]["runs"] == [8, 6]
+    assert found["ratio"]["rank"]["runs"] == [4, 2]
+    assert found["ratio"]["rank"]["median"] == 3
+    assert found["ratio"]["dense"]["runs"] == [1, 1]
+    with pytest.raises(ConfigError, match=r"at least one function"):
+        measure.compare_calls({})
+
+
 class Slow:
     """Pretends to generate: `prefill` seconds to the first token, `step` seconds for each further one."""
 
@@ -250,3 +283,70 @@ def test_peak_memory_is_that_of_this_process():
     with measure.peak_memory() as memory:
         pass
     assert memory["resident_peak"] == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.5)
+
+
+# -- the roofline --------------------------------------------------------------------------------------------------
+
+D, F, HEADS, KV = toys.WIDTH, 53, 28, 14  # widths of the stream, the feed-forward, all queries, all keys
+ATTENTION = 2 * D * HEADS + 2 * D * KV
+LAYER = ATTENTION + 3 * D * F + 2 * D
+OUTSIDE = D + toys.VOCAB * D + 7  # last norm, output head, frequencies of the rotary embedding
+
+
+def prompts(rows=3):
+    return toys.make_prompts((7, 5, 11)[:rows], images=None)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_decoding_step_of_a_llama_reads_each_weight_once(attention):
+    model = toys.make_llama()
+    model.set_attn_implementation(attention)
+    model.train()
+    before = toys.snapshot(model)
+    found = measure.decode_bytes(model, prompts())
+    assert found["weights"] == 4 * (5 * LAYER + OUTSIDE + 3 * D)  # and the embeddings of three tokens
+    assert found["cache_per_position"] == 4 * 3 * 5 * 2 * KV
+    assert toys.snapshot(model) == before
+    static = measure.decode_bytes(model, prompts(), cache_implementation="static")
+    assert static == found
+    half = measure.decode_bytes(toys.make_llama().to(torch.bfloat16), prompts())
+    assert half["cache_per_position"] == found["cache_per_position"] // 2
+
+
+def test_a_table_that_is_also_the_output_head_is_read_once():
+    model = toys.make_llama(tie_word_embeddings=True)
+    assert measure.decode_bytes(model, prompts())["weights"] == 4 * (5 * LAYER + OUTSIDE)
+
+
+def test_a_merged_step_reads_no_skipped_attention_and_no_adapter():
+    net = eas.attach(toys.make_llama(), eas.EASConfig(skip_rank=6, adapt_rank=4))
+    net.mask = [1, 4]
+    merged, unmerged = (measure.decode_bytes(net, prompts(1), merge=merge) for merge in (True, False))
+    # Folded linears have a bias: gate and up where the attention is skipped, q, k and v where it is not. The norm
+    # before the feed-forward of a skipped layer is folded in.
+    folded = 2 * (2 * F - D - ATTENTION) + 3 * (HEADS + 2 * KV)
+    assert merged["weights"] == 4 * (5 * LAYER + OUTSIDE + D + folded)
+    assert merged["cache_per_position"] == unmerged["cache_per_position"] == 4 * 3 * 2 * KV
+    adapters = sum(p.numel() for pia in net.active_adapters().values() for p in pia.parameters())
+    at_least = 4 * (5 * LAYER + OUTSIDE + D - 2 * ATTENTION)
+    assert at_least < unmerged["weights"] < at_least + 4 * adapters  # a router has done its work with the prompt
+
+
+def test_a_step_with_adapters_reads_them_too():
+    model, _ = baselines.bottlenecks(toys.make_llama(), rank=7)
+    assert measure.decode_bytes(model, prompts(1))["weights"] == 4 * (5 * (LAYER + 2 * D * 7 + 7 + D) + OUTSIDE + D)
+    model, _ = baselines.skip_layers(toys.make_llama(), [2], rank=7)
+    assert measure.decode_bytes(model, prompts(1)) == {
+        "weights": 4 * (4 * LAYER + 2 * D * 7 + 7 + D + OUTSIDE + D),
+        "cache_per_position": 4 * 4 * 2 * KV,
+    }
+    model, _ = baselines.lora(toys.make_llama(), rank=3, linears=("q_proj", "down_proj"))
+    more = 5 * 3 * (D + HEADS + F + D)
+    assert measure.decode_bytes(model, prompts(1))["weights"] == 4 * (5 * LAYER + more + OUTSIDE + D)
+
+
+def test_bandwidth_is_that_of_the_quickest_read(monkeypatch):
+    times = iter([moment for read in range(15) for moment in (100 * read, 100 * read + (3 if read == 7 else 5))])
+    monkeypatch.setattr(roofline, "now", lambda device: next(times))
+    assert measure.bandwidth("cpu", torch.bfloat16, mebibytes=2) == 2 * 2**20 / 3
+    assert next(times, None) is None

@@ -12,7 +12,7 @@ import torch
 
 from eas_kit.errors import RunError
 from eas_kit.pages import index_page, notebook_page, render_metrics
-from eas_kit.report import plain, read_json, read_results, write_results
+from eas_kit.report import machine, plain, read_json, read_results, write_results
 
 
 def test_results_come_back_as_plain_values(tmp_path):
@@ -43,6 +43,14 @@ def test_results_come_back_as_plain_values(tmp_path):
     assert record["versions"]["torch"] == torch.__version__
     assert record["device"]
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_machine_is_named():
+    found = machine("cpu")
+    assert found["device"].startswith("cpu (")
+    assert found["processor"]
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cores"] >= 1
 
 
 def test_what_json_cannot_hold_is_named_by_its_place():
