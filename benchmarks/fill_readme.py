@@ -154,6 +154,100 @@ def latency() -> str:
     )
 
 
+def machine_of(found: dict) -> str:
+    machine = found["machine"]
+    return f"{machine['processor']}, {machine['device']}, torch {found['versions']['torch']}"
+
+
+def latency_shapes() -> str:
+    """One table a file: whoever has measured a shape or a machine leaves benchmarks/results/latency_X.json."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("latency_*.json"))]
+    return "\n\n".join(map(latency_shape, found)) or "Not measured yet; `benchmarks/README.md` has the commands."
+
+
+def latency_shape(found: dict) -> str:
+    model, settings = found["model"], found["settings"]
+    rows = []
+    for name, arm in found["arms"].items():
+        ratio, roof = found["speedup"][name], arm["roofline"]
+
+        def times(part: str, ratio: dict = ratio) -> str:
+            return f"{ratio[part]['median']:.2f} ({ratio[part]['low']:.2f} to {ratio[part]['high']:.2f})"
+
+        rows.append(
+            [
+                name,
+                f"{1e3 * arm['prefill']['median']:.0f}",
+                times("prefill"),
+                f"{1e3 * arm['decode_per_token']['median']:.1f}",
+                times("decode"),
+                f"{arm['tokens_per_second']['median']:.1f}",
+                times("total"),
+                f"{arm['memory']['peak_mib'] / 1024:.2f}",
+                f"{roof['bytes_per_token'] / 1e6:.0f}",
+                f"{1e3 * roof['seconds_per_token']:.1f}",
+                f"{roof['share_reached']:.0%}",
+            ]
+        )
+    head = ["arm", "prefill ms", "x dense", "ms a token", "x dense", "tokens/s", "total x dense"]
+    head += ["peak GiB", "MB read a token", "bound ms", "reached"]
+    merges = "; ".join(f"{k} skipped, {1e3 * took['median']:.0f} ms" for k, took in found["merge"].items())
+    bounds = "; ".join(
+        f"{k} skipped, {bound['prefill']['bound_with_norm']:.2f} and {bound['decode']['bound_with_norm']:.2f}"
+        for k, bound in found["bounds"].items()
+    )
+    said = [
+        f"**{model['name']}**: {model['class']} of random weights, {model['parameters'] / 1e6:.0f} M parameters (width {model['width']}, "
+        f"{model['layers']} layers), {settings['dtype']}, {'compiled' if settings['compile'] else 'eager'}, batch {settings['batch']}, "
+        f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['repeats']} rounds; {machine_of(found)}, "
+        f"{found['bandwidth'] / 1e9:.1f} GB/s read. `{found['command']}`.",
+        f"Folding alone, a prompt: {merges}." if merges else "",
+        f"Times faster if the skipped attentions and their norms took no time, prefill and decode: {bounds}."
+        if bounds
+        else "",
+        *(f"Left out: {name} ({reason})." for name, reason in found["left_out"].items()),
+    ]
+    arms = "; ".join(f"*{name}*: {arm['what']}" for name, arm in found["arms"].items() if name != "dense")
+    peak = next(iter(found["arms"].values()))["memory"]["peak_is"]
+    return (
+        " ".join(filter(None, said))
+        + "\n\n"
+        + table(head, rows)
+        + f"\n\nPeak: {peak}, uncompiled. {arms[0].upper() + arms[1:]}."
+    )
+
+
+def fold() -> str:
+    if not (RESULTS / "fold.json").exists():
+        return "Not measured yet; `benchmarks/README.md` has the command."
+    found = results("fold")
+    rows = []
+    for run in found["runs"]:
+        took = {name: 1e3 * each["median"] for name, each in (run["seconds"] | run["step_seconds"]).items()}
+        faster, count = run["times_faster_than_dense"]["rank r"], run["multiply_accumulates"]
+        rows.append(
+            [
+                str(run["width"]),
+                str(run["rank"]),
+                run["dtype"],
+                f"{took['dense']:.0f}",
+                f"{took['rank r']:.1f}",
+                f"{faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})",
+                f"{count['dense'] / count['rank r']:.2f}",
+                f"{took['mixing']:.1f}",
+                *(f"{took[name]:.2f}" for name in ("bare", "unmerged", "low rank", "through W")),
+            ]
+        )
+    head = ["d", "r", "stored in", "dense ms", "rank r ms", "times faster", "times fewer multiply-accumulates"]
+    batch = found["settings"]["batch"]
+    head += [f"mixing for {batch} prompts ms", "step: bare ms", "unmerged", "low rank", "through W"]
+    return (
+        f"Gate and up of one layer, calculated in float32, {found['settings']['repeats']} rounds; {machine_of(found)}. "
+        f"`{found['command']}`. *Step*: these two linears for one token of {batch} rows each, bare, behind the adapter, behind the "
+        "condensed adapter, and with its factors carried on through the linears.\n\n" + table(head, rows)
+    )
+
+
 def headline() -> str:
     names = ("01_probe_redundancy", "02_search_with_bandit", "03_train_pia", "04_merge_and_check")
     probed, searched, tuned, merged = (results(name)["metrics"] for name in names)
@@ -194,7 +288,16 @@ def demo() -> str:
     )
 
 
-BLOCKS = {"headline": headline, "demo": demo, "probe": probe, "search": search, "tuning": tuning, "latency": latency}
+BLOCKS = {
+    "headline": headline,
+    "demo": demo,
+    "probe": probe,
+    "search": search,
+    "tuning": tuning,
+    "latency": latency,
+    "latency_shapes": latency_shapes,
+    "fold": fold,
+}
 FILES = {ROOT / "README.md": tuple(BLOCKS), ROOT / "eas_kit/models/tiny/weights/README.md": ("tuning",)}
 
 
