@@ -157,6 +157,7 @@ def test_an_arm_that_cannot_run_is_left_out_and_says_why(latency, monkeypatch, c
 def test_compiled_arms_have_a_graph_each(latency, monkeypatch):
     """What compiling leaves on one arm's model must not be copied into another's."""
     compiled = []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # put back after
     monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(call.__self__) or call)
     args = latency.arguments([*SHAPE, *RANKS, *RUN, "--skip", "2", "--arms", "eas", "das", "adapter", "--compile"])
     found = latency.measure(latency.make_model(args), args)
@@ -166,8 +167,10 @@ def test_compiled_arms_have_a_graph_each(latency, monkeypatch):
 
 
 def test_batches(latency):
-    args = latency.arguments([*SHAPE, *RANKS, *RUN, "--skip", "2", "--arms", "eas", "--batch", "3"])
+    args = latency.arguments([*SHAPE, *RANKS, *RUN, "--skip", "2", "--arms", "merged", "--batch", "3"])
     found = latency.measure(latency.make_model(args), args)
+    assert list(found["arms"]) == ["dense", "eas 2 merged"]  # each row merged with its own prompt
+    assert list(found["merge"]) == ["2"]
     dense = found["arms"]["dense"]
     rates = [3 / step for step in dense["decode_per_token"]["runs"]]
     assert dense["tokens_per_second"]["runs"] == pytest.approx(rates)
