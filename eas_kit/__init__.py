@@ -19,7 +19,7 @@ _HOME = {
     "SearchConfig": "config",
     "TrainConfig": "config",
     "attach": "model",
-    "check_merge": "merging",
+    "check_merge": "proof",
     "describe": "sites",
     "detach": "model",
     "find_sites": "sites",

@@ -16,9 +16,10 @@ from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCau
 import eas_kit.merging
 from eas_kit.config import EASConfig
 from eas_kit.errors import MergeError
-from eas_kit.merging import MergedLinear, check_merge, condense, fold_linear, merged
+from eas_kit.merging import MergedLinear, condense, fold_linear, merged
 from eas_kit.model import attach
 from eas_kit.pia import PIA
+from eas_kit.proof import check_merge
 from eas_kit.sites import find_sites
 
 MASKS = [(), (0,), (LAYERS - 1,), (1, 3), (0, 1, 2, 4)]
@@ -154,6 +155,43 @@ class TestExact:
     def test_beams_of_one_prompt(self, options):
         net, inputs = trained(make_llava(), (0, 2)), prompt()
         assert torch.equal(greedy(net, inputs, merge=True, **options), greedy(net, inputs, **options))
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_streaming_and_stopping_pass_through(self, rows):
+        """What generate takes reaches it: a streamer (one row), stopping criteria, a length, processors of logits."""
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        class Streamer:
+            def __init__(self):
+                self.tokens, self.ended = [], 0
+
+            def put(self, value):
+                self.tokens += value.flatten().tolist()
+
+            def end(self):
+                self.ended += 1
+
+        net = trained(make_llava(), (0, 2))
+        prompts = make_prompts((7, 5, 11)[:rows], (True, False, True)[:rows])
+        expected = greedy(net, prompts)
+        length = prompts["input_ids"].shape[1]
+
+        def three_more(input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= length + 3)
+
+        def never_first(input_ids, scores):
+            return scores.scatter(1, expected[:, length, None], -torch.inf) if input_ids.shape[1] == length else scores
+
+        for merge in (False, True):
+            stopped = greedy(net, prompts, merge=merge, stopping_criteria=StoppingCriteriaList([three_more]))
+            assert torch.equal(stopped, expected[:, : length + 3])
+            other = greedy(net, prompts, merge=merge, logits_processor=LogitsProcessorList([never_first]))
+            assert (other[:, length] != expected[:, length]).all()
+            if rows == 1:
+                streamer = Streamer()
+                greedy(net, prompts, merge=merge, streamer=streamer)
+                assert streamer.tokens == expected[0].tolist()
+                assert streamer.ended == 1
 
     def test_sampling_and_padding_and_prompt_lookup(self):
         net = trained(make_llama(), (0, 2), images=False)
