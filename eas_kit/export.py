@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,18 +49,24 @@ def export(
     processor: Any = None,
     *,
     language_model_only: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Write `static` to a new or empty `folder`: config, safetensors, and the processor or tokenizer if given.
 
     `eas_export.json` beside them says what was exported and what averaging cost. `language_model_only`: allow
-    "nemotron-nas" for a multimodal model, whose vision parts are then left out. Raises UnsupportedModelError where the
+    "nemotron-nas" for a multimodal model, whose vision parts are then left out. `overwrite`: replace an earlier export
+    in that folder. Raises UnsupportedModelError where the
     format cannot express the model exactly, ConfigError for an unknown format or a folder that holds something.
     """
     folder = Path(folder)
     if format not in FORMATS:
         raise ConfigError(f"export: wanted format one of {sorted(FORMATS)}, got {format!r}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"export: wanted a new or empty folder, {folder} is not; name another or empty it")
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (overwrite and (folder / REPORT_FILE).is_file()):
+        raise ConfigError(
+            f"export: wanted a new or empty folder, {folder} is not; name another, or pass overwrite=True to replace an"
+            " earlier export"
+        )
     net = static.net
     net._check_usable("export")
     if net.mask != static.mask:
@@ -73,6 +80,8 @@ def export(
             f" (known to: {', '.join(LLAMA_ALIKE)} without sliding windows), and the formats hold Llamas;"
             " serve it with eas_kit, by `with static: net.generate(...)`"
         )
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
     FORMATS[format](static, folder, text, language_model_only)
     if processor is not None:
         processor.save_pretrained(folder)

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 FORMS = ("per_prompt", "low_rank")
 
 
-
 class MergedLinear(StandIn):
     """A linear that computes with folded weights while its own stay where they are, registered and untouched.
 

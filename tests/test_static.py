@@ -268,8 +268,10 @@ class TestExport:
         _, static = make_static((1, 3), make_llama(), images=False)
         folder = static.export(tmp_path / "stock", processor=Processor())
         assert (folder / "processor.json").exists()
-        with pytest.raises(ConfigError, match="wanted a new or empty folder"):
+        with pytest.raises(ConfigError, match="wanted a new or empty folder.*pass overwrite=True"):
             static.export(folder)
+        static.export(folder, overwrite=True)
+        assert not (folder / "processor.json").exists()
         assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
     def test_refused(self, tmp_path):
@@ -278,6 +280,10 @@ class TestExport:
             static.export(tmp_path / "x", "gguf")
         with pytest.raises(UnsupportedModelError, match="reads images, and nemotron-nas holds a language model only"):
             static.export(tmp_path / "x", "nemotron-nas")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("x")
+        with pytest.raises(ConfigError, match="wanted a new or empty folder"):  # no earlier export: not ours to empty
+            static.export(tmp_path / "mine", overwrite=True)
         _, first = make_static((0, 3), make_llama(), images=False)
         with pytest.raises(UnsupportedModelError, match=r"need an attention in layer 0 .*the mask skips it: \[0, 3\]"):
             first.export(tmp_path / "x", "nemotron-nas")
