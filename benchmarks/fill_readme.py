@@ -138,13 +138,14 @@ def latency() -> str:
             str(r["k"]),
             r["part"],
             f"{r['unmerged']:.2f}",
+            f"{r['condensed']:.2f}",
             f"{r['merged']:.2f}",
             f"{r['bound']:.2f}",
             f"{r['share of the bound']:.0%}",
         ]
         for r in found["metrics"]["speed"]
     ]
-    head = ["k of 12 skipped", "part", "unmerged", "merged", "bound 1 / (1 - share)", "merged / bound"]
+    head = ["k of 12 skipped", "part", "unmerged", "condensed", "merged", "bound 1 / (1 - share)", "merged / bound"]
     worst, count = found["metrics"]["largest relative difference"], found["metrics"]["prompts"]
     return (
         f"Speed against the dense model (above 1 is faster): median ratio of {settings['repeats']} rounds in which all variants "
