@@ -192,7 +192,7 @@ def latency_shape(found: dict) -> str:
         )
     head = ["arm", "prefill ms", "x dense", "ms a token", "x dense", "tokens/s", "total x dense"]
     head += ["peak GiB", "MB read a token", "bound ms", "reached"]
-    merges = "; ".join(f"{k} skipped, {1e3 * took['median']:.0f} ms" for k, took in found["merge"].items())
+    merges = "; ".join(f"{name}, {1e3 * took['median']:.0f} ms" for name, took in found["merge"].items())
     bounds = "; ".join(
         f"{k} skipped, {bound['prefill']['bound_with_norm']:.2f} and {bound['decode']['bound_with_norm']:.2f}"
         for k, bound in found["bounds"].items()
@@ -202,7 +202,7 @@ def latency_shape(found: dict) -> str:
         f"{model['layers']} layers), {settings['dtype']}, {'compiled' if settings['compile'] else 'eager'}, batch {settings['batch']}, "
         f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['repeats']} rounds; {machine_of(found)}, "
         f"{found['bandwidth'] / 1e9:.1f} GB/s read. `{found['command']}`.",
-        f"Folding alone, a prompt: {merges}." if merges else "",
+        f"Merging alone, once a prompt: {merges}." if merges else "",
         f"Times faster if the skipped attentions and their norms took no time, prefill and decode: {bounds}."
         if bounds
         else "",

@@ -5,10 +5,11 @@
     python benchmarks/latency.py --width 1024 --layers 16 --kv-heads 4   ... or of any other
     python benchmarks/latency.py --shape 7B --device cuda --dtype bfloat16 --prompt-tokens 640 --skip 8 12 --compile
 
-Arms: dense; eas K and eas K merged (K attentions skipped); das K (K whole layers replaced by a bottleneck); lora
-(unmerged); adapter (a bottleneck in every layer). All share one set of base weights. Every arm is first tried alone,
-for its memory and for the bytes that one of its decoding steps reads; then rounds alternate between the arms, and the
-speed-ups are medians of the rounds' ratios. Latency does not depend on what adapters have learned: they are fresh ones.
+Arms: dense; eas K (K attentions skipped, unmerged), eas K condensed and, for one prompt, eas K merged; das K (K whole
+layers replaced by a bottleneck); lora (unmerged); adapter (a bottleneck in every layer). All share one set of base
+weights. Every arm is first tried alone, for its memory and for the bytes that one of its decoding steps reads; then
+rounds alternate between the arms, and the speed-ups are medians of the rounds' ratios. Latency does not depend on what
+adapters have learned: they are fresh ones.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SHAPES = {
     "1B": {"width": 2048, "layers": 18, "heads": 16, "kv_heads": 16, "ffn": 5504, "vocabulary": 32000},
     "7B": {"width": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "ffn": 11008, "vocabulary": 32000},
 }
-KINDS = ("dense", "eas", "merged", "das", "lora", "adapter")
+KINDS = ("dense", "eas", "condensed", "merged", "das", "lora", "adapter")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -172,11 +173,12 @@ def make_arms(base: nn.Module, args: argparse.Namespace) -> dict[str, Arm]:
     # a copy too: what compiling leaves on a model must not be copied along into the other arms
     found = {"dense": Arm("the model as it is", lambda: shared_copy(base).eval())}
     for k in args.skip:
-        net = cache(partial(attached, k))  # one for both arms while both are timed
+        net = cache(partial(attached, k))  # one for its three arms while they are timed
         mask = spread_over(layers, k)
         ranks = f"attentions {mask} skipped, adapters of rank {skip}, of rank {adapt} at the others"
         found[f"eas {k}"] = Arm(ranks, net, k=k)
-        found[f"eas {k} merged"] = Arm(ranks + ", merged after the prompt", net, {"merge": True}, k)
+        found[f"eas {k} condensed"] = Arm(ranks + ", condensed after the prompt", net, {"merge": "low_rank"}, k)
+        found[f"eas {k} merged"] = Arm(ranks + ", folded after the prompt", net, {"merge": "per_prompt"}, k)
         what = f"layers {das_layers(k)} replaced by bottlenecks of rank {neck}"
         found[f"das {k}"] = Arm(what, partial(without_layers, k), k=k)
     where = "all linears of the layers" if linears is None else ", ".join(linears)
@@ -192,7 +194,7 @@ def make_arms(base: nn.Module, args: argparse.Namespace) -> dict[str, Arm]:
 
 
 def kind(name: str) -> str:
-    return "merged" if name.endswith("merged") else name.split()[0]
+    return name.split()[-1] if name.endswith(("condensed", "merged")) else name.split()[0]
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -295,8 +297,9 @@ def measure(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
             "roofline": roofline,
         }
     found |= {"left_out": left_out, "bandwidth": speed, "merge": {}, "bounds": {}}
-    for k in dict.fromkeys(arm.k for name, arm in arms.items() if kind(name) == "merged"):
-        found["merge"][str(k)] = merge_time(models[f"eas {k} merged"], inputs, args.repeats)
+    for name, arm in arms.items():
+        if "merge" in arm.generate:
+            found["merge"][name] = merge_time(models[name], inputs, args.repeats, arm.generate["merge"])
     if not args.compile:  # the hooks that time parts would break the graph
         for k in args.skip:
             mask = spread_over(len(eas.find_sites(base)), k)
@@ -305,12 +308,12 @@ def measure(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def merge_time(net: nn.Module, inputs: dict[str, torch.Tensor], repeats: int) -> dict[str, Any]:
-    """Seconds to fold the adapters for a prompt that is read already; within generate they are part of prefill."""
+def merge_time(net: nn.Module, inputs: dict[str, torch.Tensor], repeats: int, form: str) -> dict[str, Any]:
+    """Seconds to merge for prompts that are read already; within generate they are part of prefill."""
     prompt = net.prefill(**inputs).past_key_values
 
     def fold() -> None:
-        with eas.merged(net, prompt):
+        with eas.merged(net, prompt, form):
             pass
 
     return eas.measure.compare_calls({"merge": fold}, inputs["input_ids"].device, repeats)["seconds"]["merge"]
@@ -355,7 +358,7 @@ def table(found: dict[str, Any]) -> str:
         )
     wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(x, wide))) for x in lines]
-    rows += [f"merge, {k} skipped: {1e3 * took['median']:.2f} ms a prompt" for k, took in found["merge"].items()]
+    rows += [f"merging alone, {name}: {1e3 * took['median']:.2f} ms" for name, took in found["merge"].items()]
     for k, bound in found["bounds"].items():
         each = ", ".join(f"{part} {bound[part]['bound_with_norm']:.2f}x" for part in ("prefill", "decode", "total"))
         rows.append(f"bound if {k} attentions and the norms a merge leaves out took no time: {each}")

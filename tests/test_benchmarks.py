@@ -52,7 +52,7 @@ def record(latency, small_reads, tmp_path_factory):
 
 
 def test_latency_compares_all_arms(record):
-    eas = ["eas 1", "eas 1 merged", "das 1", "eas 3", "eas 3 merged", "das 3"]
+    eas = [name.format(k) for k in (1, 3) for name in ("eas {}", "eas {} condensed", "eas {} merged", "das {}")]
     assert list(record["arms"]) == ["dense", *eas, "lora", "adapter"]
     assert record["left_out"] == {}
     for name, arm in record["arms"].items():
@@ -66,7 +66,8 @@ def test_latency_compares_all_arms(record):
     assert set(record["speedup"]["dense"]["decode"]["runs"]) == {1.0}
     assert record["arms"]["eas 3"]["what"].startswith("attentions [0, 2, 4] skipped, adapters of rank 4, of rank 2")
     assert record["arms"]["das 3"]["what"] == "layers [1, 3, 4] replaced by bottlenecks of rank 7"
-    assert list(record["merge"]) == list(record["bounds"]) == ["1", "3"]
+    assert list(record["merge"]) == [f"eas {k} {form}" for k in (1, 3) for form in ("condensed", "merged")]
+    assert list(record["bounds"]) == ["1", "3"]
     assert record["bounds"]["3"]["decode"]["bound"] > 1
     assert record["command"].startswith("python benchmarks/latency.py --width 32")
     assert record["settings"]["new_tokens"] == 3
@@ -94,8 +95,8 @@ def test_latency_counts_what_a_step_reads(record):
 
 def test_latency_prints_its_table(latency, record):
     lines = latency.table(record).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:10]] == list(record["arms"])
-    assert any(line.startswith("merge, 3 skipped: ") for line in lines)
+    assert [line.split("  ")[0] for line in lines[1 : 1 + len(record["arms"])]] == list(record["arms"])
+    assert any(line.startswith("merging alone, eas 3 merged: ") for line in lines)
     assert any(line.startswith("bound if 3 attentions") for line in lines)
 
 
@@ -111,7 +112,7 @@ def test_arms_share_the_weights_and_nothing_else(latency):
         theirs = {p.data_ptr() for p in arm.build().parameters()}
         whole = len(set(before.values()) & theirs) / len(before)
         assert whole == 1 if not name.startswith("das") else 0.5 < whole < 1
-    assert arms["eas 2"].build() is arms["eas 2 merged"].build()
+    assert arms["eas 2"].build() is arms["eas 2 merged"].build() is arms["eas 2 condensed"].build()
     # New adapters are the identity: only skipping changes what comes out.
     for name in ("lora", "adapter"):
         assert torch.equal(logits[name], logits["dense"])
@@ -167,10 +168,11 @@ def test_compiled_arms_have_a_graph_each(latency, monkeypatch):
 
 
 def test_batches(latency):
-    args = latency.arguments([*SHAPE, *RANKS, *RUN, "--skip", "2", "--arms", "merged", "--batch", "3"])
+    args = latency.arguments([*SHAPE, *RANKS, *RUN, "--skip", "2", "--arms", "condensed", "merged", "--batch", "3"])
     found = latency.measure(latency.make_model(args), args)
-    assert list(found["arms"]) == ["dense", "eas 2 merged"]  # each row merged with its own prompt
-    assert list(found["merge"]) == ["2"]
+    assert list(found["arms"]) == ["dense", "eas 2 condensed"]  # each row with its own prompt
+    assert list(found["left_out"]) == ["eas 2 merged"]
+    assert list(found["merge"]) == ["eas 2 condensed"]
     dense = found["arms"]["dense"]
     rates = [3 / step for step in dense["decode_per_token"]["runs"]]
     assert dense["tokens_per_second"]["runs"] == pytest.approx(rates)
