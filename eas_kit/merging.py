@@ -211,8 +211,10 @@ class Merge:
         for seat in self.seats:  # everything is calculated, and may fail, before anything is swapped
             target, route = merge_target(net, seat), routes[seat.layer_idx]
             if form == "low_rank":
-                weight = next((p for p in seat.layer.parameters() if p.is_floating_point()), None)
-                dtype = None if weight is None else weight.dtype
+                norm = getattr(getattr(seat.layer, seat.names.norm_in), "weight", None)
+                dtype = (
+                    None if norm is None else norm.dtype
+                )  # what n comes in, or LowRank turns to it at its first call
                 condensed.append(condense(seat.pia, route, target.gain, target.shift, dtype))
             else:
                 linears += self._fold(net, seat, target, route)

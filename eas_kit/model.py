@@ -205,8 +205,8 @@ class EASModel(nn.Module):
         would not be read in one piece: a prefill in chunks, a growing chat on the cache of an earlier turn. Call this
         and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
         """
-        if self._merge is not None and self._merge.cache is None:  # merged for all prompts: nothing to read
-            return self.base.generate(inputs, **kwargs)
+        if self._merge is not None and self._merge.cache is None and not merge:
+            return self.base.generate(inputs, **kwargs)  # merged for all prompts: nothing to read
         self._check_usable("call net.generate")
         if inputs is not None:
             kwargs["input_ids"] = inputs

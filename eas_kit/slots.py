@@ -168,6 +168,9 @@ class LowRank:
                 f"the adapters are condensed for a batch of {len(self.weights)} rows and this forward has {len(n)};"
                 " generate with merge=False where rows come and go"
             )
+        if n.dtype != self.down.dtype:
+            for name, tensor in list(vars(self).items()):
+                setattr(self, name, None if tensor is None else tensor.to(n.dtype))
         z = F.linear(n, self.down)  # (B, S, r)
         z = (z.unsqueeze(-2) * self.weights).flatten(-2)  # (B, S, 2 r)
         y = n if self.gain is None else n * self.gain

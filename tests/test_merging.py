@@ -263,6 +263,18 @@ class TestLowRank:
             ):
                 net(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
 
+    def test_condensed_takes_on_the_type_of_what_it_reads(self):
+        """Norms that are kept in float32, or autocast: n does not come in the type of the norm's weight."""
+        pia = PIA(14, 6, 2).eval()
+        for parameter in pia.parameters():
+            parameter.data = torch.randn_like(parameter)
+        route, n = pia.route(torch.randn(3, 14)), torch.randn(3, 5, 14)
+        gain = torch.randn(14)
+        low_rank = condense(pia, route, gain, dtype=torch.float32)
+        out = low_rank(n.bfloat16())
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.float(), pia(n, route=route) * gain, atol=0.3, rtol=0.05)
+
     def test_where_linears_cannot_be_rewritten(self):
         model = make_llama()
         for layer in model.model.layers:

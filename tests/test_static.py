@@ -107,6 +107,7 @@ class TestAveraged:
                 lambda: static.__enter__(),
                 lambda: static.export(tmp_path / "y"),
                 lambda: static_merge(net, ToyTask()),
+                lambda: net.generate(**make_prompts(), merge=True),
             ):
                 with pytest.raises(MergeError, match="the adapters are folded away; leave the block"):
                     action()
