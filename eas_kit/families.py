@@ -166,8 +166,11 @@ def gain_offset(norm: nn.Module, width: int) -> float | None:
     return None
 
 
-def readers(module: nn.Module, table: Readers) -> tuple[str, ...]:
-    """Names of the linears of `module` that read its input; UnsupportedModelError saying why one cannot be changed."""
+def readers(module: nn.Module, table: Readers, *, data: bool = True) -> tuple[str, ...]:
+    """Names of the linears of `module` that read its input; UnsupportedModelError saying why one cannot be changed.
+
+    `data=False`: for a model that was built without weights, whose linears are plain but hold nothing yet.
+    """
     kind = type(getattr(module, "original", module)).__name__
     names = next(
         (row for row in table.sets if all(hasattr(module, n) and getattr(module, n) is not None for n in row)), ()
@@ -188,7 +191,7 @@ def readers(module: nn.Module, table: Readers) -> tuple[str, ...]:
                 " unquantised, merge or unload other adapters first, or run unmerged"
             )
         weight = linear.weight
-        if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
+        if (data and weight.is_meta) or not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
             where = "on the meta device (offloaded?)" if weight.is_meta else f"a {type(weight.data).__name__}"
             raise UnsupportedModelError(
                 f"{kind}.{name}.weight ({weight.dtype}) is {where}; merge needs a whole floating-point weight in"

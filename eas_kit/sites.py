@@ -129,28 +129,28 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
     return sites
 
 
-def merge_problem(model: nn.Module, site: Site) -> str:
-    """Why the adapters at this site cannot be folded into weights; "" if they can."""
+def merge_problem(model: nn.Module, site: Site, *, data: bool = True) -> str:
+    """Why the adapters at this site cannot be folded into weights; "" if they can. `data` as in `readers`."""
     if site.kind == "ffn":
         return "a skipped feed-forward leaves no linear to fold its adapter into"
     if site.gain_offset is None:
         return f"{site.names.norm_ffn} is more than a gain and a bias"
     layer = unwrap(model).get_submodule(site.layer_path)
     try:
-        readers(getattr(layer, site.names.ffn), FFN_READERS)
-        readers(getattr(layer, site.names.attention), ATTENTION_READERS)
+        readers(getattr(layer, site.names.ffn), FFN_READERS, data=data)
+        readers(getattr(layer, site.names.attention), ATTENTION_READERS, data=data)
     except UnsupportedModelError as error:
         return str(error)
     return ""
 
 
-def _rows(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _rows(model: nn.Module, kinds: tuple[str, ...], data: bool) -> Iterator[dict[str, Any]]:
     plain = unwrap(model)
     for site in find_sites(plain, kinds):
         layer = plain.get_submodule(site.layer_path)
         norm = getattr(layer, site.names.norm_ffn) if site.names.norm_ffn else None
         ffn = getattr(layer, site.names.ffn)
-        reason = merge_problem(plain, site)
+        reason = merge_problem(plain, site, data=data)
         yield {
             "site": site.index,
             "path": site.path,
@@ -176,12 +176,19 @@ def _rows(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             }
 
 
-def describe(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> pandas.DataFrame:
+def describe(model: nn.Module | Any, kinds: tuple[str, ...] = ("mha",)) -> pandas.DataFrame:
     """One row a site: site, path, kind, norm, ffn, params, mergeable, reason.
 
-    Layers without sites follow, with site <NA>, kind "none" and the reason.
+    Layers without sites follow, with site <NA>, kind "none" and the reason. Of a model, or of one that is not loaded: a
+    transformers config, a local folder, or a name as in `eas_kit.estimate_memory`. Then `mergeable` says what holds
+    once the model has its weights.
     """
     import pandas
 
-    table = pandas.DataFrame(list(_rows(model, kinds)))
+    loaded = isinstance(model, nn.Module)
+    if not loaded:
+        from .meta import meta_model
+
+        model = meta_model(model)
+    table = pandas.DataFrame(list(_rows(model, kinds, loaded)))
     return table.astype({"site": "Int64"}) if table.site.isna().any() else table
