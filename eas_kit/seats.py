@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -167,11 +168,12 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
                 f"{site.layer_path}.{site.names.norm_ffn} is more than a gain and a bias, so PIA(LN1(x)) cannot take"
                 ' its place exactly; use EASConfig(source="ffn_norm")'
             )
-        roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
-        if site.kind == "mha" and config.adapt_rank:
-            roles["keep"] = PIA(site.hidden_size, config.adapt_rank, **shape, paths=1)
         layer = base.get_submodule(site.layer_path)
         weight = next(layer.parameters())
+        with weight.device if weight.is_meta else nullcontext():  # half a GB at 7 B that nobody would look at
+            roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
+            if site.kind == "mha" and config.adapt_rank:
+                roles["keep"] = PIA(site.hidden_size, config.adapt_rank, **shape, paths=1)
         if weight.is_meta and any(hasattr(module, "_hf_hook") for module in layer.modules()):
             raise UnsupportedModelError(
                 f"{site.layer_path} is offloaded to CPU or disk (its weights are on the meta device between calls), so"
