@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ConfigError
 from .masks import check_mask
+from .meta import meta_model, read_config
 from .modes import eval_mode
 from .pia import PIA
 from .sites import find_sites, unwrap
@@ -28,14 +29,16 @@ PARTS = ("attention_projections", "attention_scores", "ffn", "adapter")
 # -- parameters ----------------------------------------------------------------------------------------------------
 
 
-def parameters(net: nn.Module) -> dict[str, Any]:
-    """Counts of parameters, each counted once.
+def parameters(net: nn.Module | Any) -> dict[str, Any]:
+    """Counts of parameters, each counted once, of a model, or of what `eas_kit.meta.meta_model` builds from a config.
 
     total, trainable (requires a gradient) and `share` = trainable / total; `language_model`: the decoder with its
     embeddings and head, without vision parts and adapters. For an EASModel also `adapters`: all of them by kind
     ("skip", "keep"); `active`: those that the present mask uses; `active_share` = active / language_model, the
     paper's "trainable parameters" (section 4.1), as the adapters that a mask does not use need not be kept.
     """
+    if not isinstance(net, nn.Module):
+        net = meta_model(net)
     plain = unwrap(net)
     decoder = plain.get_decoder() if hasattr(plain, "get_decoder") else plain
     head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
@@ -72,8 +75,9 @@ def flops(
 ) -> dict[str, int]:
     """Multiply-accumulates by part of the decoder layers, and their "total".
 
-    `flops(config_or_model, tokens=262, mask=())`: of one sequence of that many tokens, by the configuration alone:
-    nothing is loaded or computed (meta device). `mask`: attentions merged away, which then cost nothing.
+    `flops(config_or_model, tokens=262, mask=())`: of one sequence of that many tokens, by the configuration alone (or
+    the name of one, see `eas_kit.meta.read_config`): nothing is loaded or computed (meta device). `mask`: attentions
+    merged away, which then cost nothing.
     `flops(net, inputs)`: of one forward of `net` as it stands (its mask, its adapters, merged or not) on a batch.
 
     Parts: attention_projections (q, k, v, o), attention_scores (QK and the weighted sum of V, over all pairs of
@@ -86,7 +90,7 @@ def flops(
         with eval_mode(target), torch.no_grad():  # as in a prefill: what stands in the inputs is the prompt
             return count_flops(target, lambda: target(**inputs))
     tokens = tokens if inputs is None else int(inputs)
-    config = target if not isinstance(target, nn.Module) else unwrap(target).config
+    config = read_config(target)
     decoder = _meta_decoder(config)
     mask = check_mask(mask, len(find_sites(decoder)))
     width = config.get_text_config(decoder=True).hidden_size

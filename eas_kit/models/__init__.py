@@ -8,6 +8,10 @@ from typing import Any
 from eas_kit.errors import EASError
 from eas_kit.hub import looks_like_path
 
+from .shapes import PAPER_SIZES, paper_config
+
+__all__ = ["BUNDLED", "PAPER_SIZES", "best_device", "load_model", "load_processor", "paper_config"]
+
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "weights"}
 # what is asked of the hub (or of its local cache) in the same way for the weights and for the processor
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
