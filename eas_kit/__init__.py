@@ -22,6 +22,7 @@ _HOME = {
     "check_merge": "proof",
     "describe": "sites",
     "detach": "model",
+    "estimate_memory": "memory",
     "find_sites": "sites",
     "fit": "training",
     "load": "model",
