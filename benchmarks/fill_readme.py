@@ -289,6 +289,43 @@ def demo() -> str:
     )
 
 
+def paper_sizes() -> str:
+    found = results("paper_sizes")
+    operations = [
+        [r["what"], f"{r['measured']:.2f} G", f"{r['published']} G", f"{r['difference']:+.2%}"]
+        for r in found["operations"]
+    ]
+    shares = [
+        [r["what"], f"{r['measured']:.3f} %", f"{r['published']:.2g} %", f"{r['difference']:+.3f} points"]
+        for r in found["shares"]
+        if r["published"] is not None
+    ]
+    without = next(r for r in found["shares"] if r["published"] is None)
+    sizes = {r["model"]: r["parameters"] / 1e9 for r in found["models"]}
+    columns = {
+        "weights": "weights",
+        "inference_dense": "inference, dense",
+        "inference_unmerged": "adapters, unmerged",
+        "inference_merged": "merged, one prompt",
+        "training": "training adapters",
+        "training_checkpointing": "the same, checkpointing",
+        "training_full": "full tuning, in bfloat16",
+    }
+    memory = [
+        [f"{r['model']} ({sizes[r['model']]:.2f} G)", *(f"{r[c] / 2**30:.1f}" for c in columns)]
+        for r in found["memory"]
+    ]
+    return (
+        table(["multiply-accumulates, trained share", "here", "paper", "difference"], operations + shares)
+        + f"\n\nLaVIN's share holds with what else LaVIN trains; its adapters in the language model alone are "
+        f"{without['measured']:.3f} %. Memory in GiB, in bfloat16, estimated for batch 1, {found['tokens']['LLaVA']} prompt tokens "
+        "and 64 new ones, 8 attentions skipped, ranks 256 and 128; a merged model holds its own weights and the folded copies:\n\n"
+        + table(["model (parameters)", *columns.values()], memory)
+        + f"\n\nAll of it took {found['cpu_seconds']:.0f} s of one CPU core and at most {found['resident_mb']['peak']:.0f} MB of memory, "
+        f"{found['resident_mb']['before']:.0f} MB of them the libraries."
+    )
+
+
 BLOCKS = {
     "headline": headline,
     "demo": demo,
@@ -298,6 +335,7 @@ BLOCKS = {
     "latency": latency,
     "latency_shapes": latency_shapes,
     "fold": fold,
+    "paper_sizes": paper_sizes,
 }
 FILES = {ROOT / "README.md": tuple(BLOCKS), ROOT / "eas_kit/models/tiny/weights/README.md": ("tuning",)}
 
