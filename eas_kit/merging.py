@@ -87,16 +87,19 @@ def fold_linear(
     """
     wide = torch.promote_types(linear.weight.dtype, torch.float32)
     up, down, bias = factors.up[0].to(wide), factors.down.to(wide), factors.bias[0].to(wide)
-    plain = weight = matrix(linear).to(wide)
     if gain is not None:
-        weight = plain * gain.to(wide)
-    folded_bias = weight @ bias  # with the weight before its update, see above
+        gain = gain.to(wide)
+        up, bias = gain[:, None] * up, gain * bias
     if shift is not None:
-        folded_bias = folded_bias + plain @ shift.to(wide)
-    if linear.bias is not None:
-        folded_bias = folded_bias + linear.bias.to(wide)
-    folded = torch.addmm(weight, weight @ up, down)
-    return folded.to(linear.weight.dtype), folded_bias.to(linear.weight.dtype)
+        bias = bias + shift.to(wide)
+    weight = matrix(linear).to(wide, copy=True)
+    # one pass over the weight, the original one, for both of them: W diag(g) U and W (g b + h)
+    projected = weight @ torch.cat([up, bias[:, None]], dim=1)
+    if gain is not None:
+        weight *= gain
+    weight.addmm_(projected[:, :-1], down)
+    folded_bias = projected[:, -1] if linear.bias is None else projected[:, -1] + linear.bias.to(wide)
+    return weight.to(linear.weight.dtype), folded_bias.to(linear.weight.dtype)
 
 
 def condense(

@@ -57,7 +57,7 @@ def meta_model(source: Any, dtype: torch.dtype | str | None = None, attn_impleme
     None: the configuration's own, else float32. Raises EASError for a quantised configuration, whose tensors only the
     quantiser knows, and for one that is no language model.
     """
-    from .models import _auto_class
+    from .models import auto_class
 
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
@@ -69,7 +69,7 @@ def meta_model(source: Any, dtype: torch.dtype | str | None = None, attn_impleme
         make = type(unwrap(source))._from_config
     else:
         name = source if isinstance(source, str) else type(config).__name__
-        make = _auto_class(name, config, {"trust_remote_code": False}).from_config
+        make = auto_class(name, config, {"trust_remote_code": False}).from_config
     with torch.device("meta"):
         model = make(config, dtype=as_dtype(dtype, config), attn_implementation=attn_implementation)
     return model.eval()

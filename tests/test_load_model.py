@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import eas_kit as eas
 from eas_kit.errors import EASError
-from eas_kit.models import _auto_class, load_processor
+from eas_kit.models import auto_class, load_processor
 
 TEXT = "which metal is liquid"
 
@@ -103,8 +103,8 @@ class TestTextModels:
 
     def test_images_and_text_come_first(self):
         options = {"trust_remote_code": False}
-        assert _auto_class("x", Gemma3Config(), options).__name__ == "AutoModelForImageTextToText"
-        assert _auto_class("x", Gemma3TextConfig(), options).__name__ == "AutoModelForCausalLM"
+        assert auto_class("x", Gemma3Config(), options).__name__ == "AutoModelForImageTextToText"
+        assert auto_class("x", Gemma3TextConfig(), options).__name__ == "AutoModelForCausalLM"
 
     def test_processor_alone(self, tmp_path):
         assert load_processor(save(tmp_path)).get_vocab() == make_tokenizer().get_vocab()

@@ -50,7 +50,7 @@ def load_model(name_or_folder: str | Path, device: str | None = None, **kwargs):
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
     options = _resolved(source, kwargs)
     _refuse_adapters(name, source, options)
-    auto = _auto_class(name, _read_config(name, source, options, kwargs.get("config")), options)
+    auto = auto_class(name, _read_config(name, source, options, kwargs.get("config")), options)
     if Path(source).is_dir() and "gguf_file" not in kwargs:
         _check_weights(name, Path(source) / (kwargs.get("subfolder") or ""))
     processor = _read_processor(name, source, options)
@@ -165,7 +165,7 @@ def _read_config(name: str, source: str, options: dict[str, Any], given: Any):
         ) from error
 
 
-def _auto_class(name: str, config: Any, options: dict[str, Any]):
+def auto_class(name: str, config: Any, options: dict[str, Any]):
     """The auto class that knows this config: of images and text first, of text alone second."""
     import transformers
 
