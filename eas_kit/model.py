@@ -31,7 +31,17 @@ from .merging import (
     routes_of,
 )
 from .pia import PIA
-from .prompt import check_explicit, check_same_prompt, forward_prompt, generate_prompt, has_route, read_given, renew
+from .prompt import (
+    check_explicit,
+    check_same_prompt,
+    find_cache,
+    forward_prompt,
+    generate_prompt,
+    has_route,
+    name_cache,
+    read_given,
+    renew,
+)
 from .saving import load_adapters, save_adapters
 from .seats import make_adapters, make_seats
 from .sites import find_sites
@@ -134,9 +144,10 @@ class EASModel(nn.Module):
         """
         self._check_usable("call net(...)", merged=False)
         if self._merge is not None:
-            self._merge.check(kwargs.get("past_key_values"))
+            self._merge.check(find_cache(kwargs))
         if self.training or kwargs.get("labels") is not None:
             kwargs.setdefault("use_cache", False)  # nobody decodes after a loss
+        name_cache(kwargs, self._parameter_names)
         before, self._explicit = self._explicit, prompt_mask
         try:
             return self.base(*args, **kwargs)
@@ -146,7 +157,7 @@ class EASModel(nn.Module):
     def _enter(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         values = {**dict(zip(self._parameter_names, args, strict=False)), **kwargs}
         if self._merge is not None:
-            self._merge.check(values.get("past_key_values"))
+            self._merge.check(find_cache(values))
         else:
             self._prompt = self._read_prompt(values)
         self._inside = True
@@ -157,7 +168,7 @@ class EASModel(nn.Module):
             seat.desk.clear()
         if prefilled and self._fold_next and output is not None:
             form, self._fold_next = self._fold_next, None
-            self._start_merge(output["past_key_values"], form)
+            self._start_merge(find_cache(output), form)
             # nobody else can bring another cache within this generate, and a step that torch.compile captured would be
             # compiled anew if it had to look
             self._unhook_top()
@@ -166,7 +177,7 @@ class EASModel(nn.Module):
         first = next((seat.layer_idx for seat in self._seats if seat.reads_prompt), None)
         if first is None:
             return None
-        cache = values.get("past_key_values")
+        cache = find_cache(values)
         if cache is not None:
             past = cache.get_seq_length()  # of a static cache: a tensor, not looked at while decoding
             if has_route(cache, first):
@@ -205,6 +216,7 @@ class EASModel(nn.Module):
         would not be read in one piece: a prefill in chunks, a growing chat on the cache of an earlier turn. Call this
         and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
         """
+        name_cache(kwargs, self._parameter_names)
         if self._merge is not None and self._merge.cache is None and not merge:
             return self.base.generate(inputs, **kwargs)  # merged for all prompts: nothing to read
         self._check_usable("call net.generate")
@@ -212,7 +224,7 @@ class EASModel(nn.Module):
             kwargs["input_ids"] = inputs
         given = read_given(kwargs, self.base.generation_config)
         form = self._form(merge, given, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         filled = cache is not None and any(has_route(cache, seat.layer_idx) for seat in self._seats)
         if filled:
             check_same_prompt(given, cache)

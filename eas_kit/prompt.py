@@ -8,7 +8,7 @@ and values it belongs to, and so that two generations never mix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,24 @@ if TYPE_CHECKING:
     from .pia import Route
 
 IGNORE = -100  # transformers' label of a position without loss
+
+
+def find_cache(values: Mapping[str, Any]) -> Cache | None:
+    """The KV cache among a forward's keywords or outputs; versions and families differ in what they call it.
+
+    `cache` since transformers 5.24, `past_key_values` before, `layer_past` in the attentions of some families.
+    """
+    for name in ("cache", "past_key_values", "layer_past"):
+        if values.get(name) is not None:
+            return values[name]
+    return None
+
+
+def name_cache(kwargs: dict[str, Any], parameters: Collection[str]) -> None:
+    """Call a cache among the keywords what a forward with these parameters calls it, so that either name works."""
+    old, new = ("past_key_values", "cache") if "cache" in parameters else ("cache", "past_key_values")
+    if old in kwargs and new not in kwargs and new in parameters:
+        kwargs[new] = kwargs.pop(old)
 
 
 class PromptState:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
 from .errors import ConfigError, MergeError, PromptError
 from .pia import PIA, Route
-from .prompt import PromptState, kept_state, skipped_state
+from .prompt import PromptState, find_cache, kept_state, skipped_state
 from .sites import find_sites, unwrap
 
 
@@ -52,12 +51,6 @@ def restore(layer: nn.Module, slot: str) -> None:
     layer._modules[slot] = stand_in.original
 
 
-def cache_of(kwargs: dict[str, Any]) -> Cache | None:
-    """The KV cache among an attention's keywords; families differ in what they call it."""
-    cache = kwargs.get("past_key_values")
-    return cache if cache is not None else kwargs.get("layer_past")
-
-
 class NoAttention(StandIn):
     """An attention that adds nothing and keeps nothing in the cache."""
 
@@ -66,7 +59,7 @@ class NoAttention(StandIn):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        skipped_state(cache_of(kwargs), self.layer_idx)  # else the cache would ask this layer for its length
+        skipped_state(find_cache(kwargs), self.layer_idx)  # else the cache would ask this layer for its length
         return torch.zeros_like(hidden_states), None
 
 
@@ -188,7 +181,7 @@ class SkippedAttention(StandIn):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         n, desk = hidden_states, self.desk
-        state = skipped_state(cache_of(kwargs), self.layer_idx)
+        state = skipped_state(find_cache(kwargs), self.layer_idx)
         if self.merged:
             desk.value = n
             return torch.zeros_like(n), None
@@ -263,7 +256,7 @@ class BeforeAttention:
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs, desk, pia = dict(kwargs), self.desk, self.pia
         desk.receive(kwargs)
-        desk.state = kept_state(cache_of(kwargs), self.layer_idx)
+        desk.state = kept_state(find_cache(kwargs), self.layer_idx)
         if pia is None:  # only here for a skipped feed-forward in the same layer
             return args, kwargs
         return _with_input(args, kwargs, lambda n: pia(n, route=desk.route("keep", pia, n)))

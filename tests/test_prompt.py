@@ -179,6 +179,18 @@ class TestGenerate:
         assert torch.equal(net.generate(**prompts, max_new_tokens=4, cache_implementation="static"), dynamic)
         assert torch.equal(net.generate(**prompts, max_new_tokens=4, past_key_values=DynamicCache()), dynamic)
 
+    @pytest.mark.parametrize("name", ["past_key_values", "cache"])
+    def test_either_name_of_a_cache(self, make_prompts, name):
+        """transformers 5.24 calls `cache` what was `past_key_values`; net takes both, whichever is installed."""
+        net, prompts, cache = make_net(), make_prompts(), DynamicCache()
+        expected = net.generate(**prompts, max_new_tokens=4)
+        assert torch.equal(net.generate(**prompts, max_new_tokens=4, **{name: cache}), expected)
+        filled = cache.get_seq_length()
+        assert filled == prompts["input_ids"].shape[1] + 3
+        with torch.no_grad():
+            net(input_ids=torch.tensor([[5]] * 3), **{name: cache})
+        assert cache.get_seq_length() == filled + 1
+
     def test_one_static_cache_for_prompts_and_masks_in_turn(self, make_prompts):
         net, prompts, others = make_net((0, 2)), make_prompts(), make_prompts(seed=3)
         cache = StaticCache(config=net.base.config.get_text_config(), max_cache_len=40)
