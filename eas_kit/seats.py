@@ -169,17 +169,25 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
                 ' its place exactly; use EASConfig(source="ffn_norm")'
             )
         layer = base.get_submodule(site.layer_path)
-        weight = next(layer.parameters())
-        with weight.device if weight.is_meta else nullcontext():  # half a GB at 7 B that nobody would look at
+        weight, device = next(layer.parameters()), where_it_runs(layer)
+        with device if device.type == "meta" else nullcontext():  # half a GB at 7 B that nobody would look at
             roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
             if site.kind == "mha" and config.adapt_rank:
                 roles["keep"] = PIA(site.hidden_size, config.adapt_rank, **shape, paths=1)
-        if weight.is_meta and any(hasattr(module, "_hf_hook") for module in layer.modules()):
-            raise UnsupportedModelError(
-                f"{site.layer_path} is offloaded to CPU or disk (its weights are on the meta device between calls), so"
-                " that its norm cannot be read; load the model without offloading, e.g. in 4 bits or on more devices"
-            )
         # half precision is too coarse for the small steps of an optimiser: train in float32, cast after if wanted
         wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-        adapters[str(site.index)] = roles.to(device=weight.device, dtype=wide)
+        adapters[str(site.index)] = roles.to(device=device, dtype=wide)
     return adapters.train(base.training)
+
+
+def where_it_runs(layer: nn.Module) -> torch.device:
+    """The device of the layer's weights; of accelerate's hook where it keeps them elsewhere between two calls."""
+    device = next(layer.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device

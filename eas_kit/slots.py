@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from .errors import ConfigError, MergeError, PromptError
@@ -202,14 +203,25 @@ class SkippedNorm(StandIn):
         self.adapter = (pia,)
         self.merged: Callable[[Tensor], Tensor] | None = None  # in place of adapter, gain and bias
 
+    def _own(self, name: str) -> Tensor | None:
+        value = self._parameters.get(name)
+        if isinstance(value, DTensor):  # sharded, and asked for outside of a forward, which would gather it
+            return value.full_tensor()
+        if value is None or not value.is_meta:
+            return value
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self.original):  # what accelerate offloads is in memory inside this block
+            return self._parameters[name]
+
     def gain(self) -> Tensor | None:
         """g2, (d,); None for a norm without weight."""
-        weight = self._parameters.get("weight")
+        weight = self._own("weight")
         return weight if weight is None or self.offset == 0.0 else self.offset + weight.float()
 
     def shift(self) -> Tensor | None:
         """b2, (d,), which a LayerNorm adds after its gain; None for a norm without bias."""
-        return self._parameters.get("bias")
+        return self._own("bias")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.source == "attention_norm":
