@@ -183,21 +183,32 @@ def readers(module: nn.Module, table: Readers, *, data: bool = True) -> tuple[st
             ' merge="low_rank", which leaves the linears alone'
         )
     for name in names:
-        linear = getattr(module, name)
-        if type(linear) not in (nn.Linear, Conv1D):
-            found = f"{type(linear).__module__}.{type(linear).__name__}"
-            raise UnsupportedModelError(
-                f"{kind}.{name} is a {found}, not a plain nn.Linear; merge needs plain weights: load the model"
-                " unquantised, merge or unload other adapters first, or run unmerged"
-            )
-        weight = linear.weight
-        if (data and weight.is_meta) or not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
-            where = "on the meta device (offloaded?)" if weight.is_meta else f"a {type(weight.data).__name__}"
-            raise UnsupportedModelError(
-                f"{kind}.{name}.weight ({weight.dtype}) is {where}; merge needs a whole floating-point weight in"
-                " memory: load the model on one device, or run unmerged"
-            )
+        problem = _linear_problem(getattr(module, name), data)
+        if problem:
+            raise UnsupportedModelError(f'{kind}.{name}{problem}, or run unmerged or with merge="low_rank"')
     return names
+
+
+def _linear_problem(linear: nn.Module, data: bool) -> str:
+    """Why the weight of this linear cannot be rewritten, and what to do about it; "" if it can."""
+    if type(linear) not in (nn.Linear, Conv1D):
+        found = f"{type(linear).__module__}.{type(linear).__name__}"
+        way_out = "load the model unquantised"
+        if found.startswith("peft."):
+            way_out = "fold the other adapter in first (attach to what peft_model.merge_and_unload() returns)"
+        return f" is a {found}, not a plain nn.Linear; merge needs plain weights: {way_out}"
+    weight, kind = linear.weight, type(linear.weight.data).__name__
+    if data and weight.is_meta and hasattr(linear, "_hf_hook"):
+        where, way_out = "offloaded to CPU or disk", "load the model without offloading"
+    elif data and weight.is_meta:
+        where, way_out = "on the meta device", "load the model's weights first"
+    elif kind == "DTensor":
+        where, way_out = "sharded (a DTensor)", "load the model whole, without FSDP or tensor parallelism"
+    elif kind != "Tensor" or not weight.is_floating_point():  # torchao keeps nn.Linear and puts a class of its own in
+        where, way_out = f"a {kind}", "load the model unquantised"
+    else:
+        return ""
+    return f".weight ({weight.dtype}) is {where}; merge needs a whole floating-point weight in memory: {way_out}"
 
 
 def matrix(linear: nn.Module) -> torch.Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import EASConfig
-from .errors import ConfigError, EASError, MergeError, PromptError
+from .errors import ConfigError, EASError, MergeError, PromptError, UnsupportedModelError
 from .hub import push
 from .masks import check_mask
 from .merging import (
@@ -65,6 +66,12 @@ class EASModel(nn.Module):
     def __init__(self, base: nn.Module, config: EASConfig | None = None) -> None:
         super().__init__()
         config = config or EASConfig()
+        if type(base).__module__.startswith("peft."):
+            raise UnsupportedModelError(
+                f"attach: {type(base).__name__} is peft's wrapper, whose generate goes past it to the model inside;"
+                " attach to what model.merge_and_unload() returns, or to model.get_base_model() with the other adapter"
+                " at work"
+            )
         if is_attached(base):
             raise ConfigError("this model carries eas_kit adapters already; eas_kit.detach(net) it first")
         sites = find_sites(base, config.kinds)
@@ -220,6 +227,11 @@ class EASModel(nn.Module):
         if self._merge is not None and self._merge.cache is None and not merge:
             return self.base.generate(inputs, **kwargs)  # merged for all prompts: nothing to read
         self._check_usable("call net.generate")
+        if any(isinstance(parameter, DTensor) for parameter in self.adapters.parameters()):
+            raise EASError(
+                "the adapters are sharded (FSDP2) and gathered for net.forward alone; after fully_shard(net) call"
+                ' torch.distributed.fsdp.register_fsdp_forward_method(net, "generate")'
+            )
         if inputs is not None:
             kwargs["input_ids"] = inputs
         given = read_given(kwargs, self.base.generation_config)
