@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .errors import ConfigError
+
 
 class Order:
     """An endless order of examples: each epoch another shuffle, which depends on (seed, purpose, epoch) only."""
@@ -44,13 +46,21 @@ def make_accelerator(mixed_precision: str, net: nn.Module):
         AcceleratorState._reset_state()
     if alone and PartialState._shared_state and (PartialState().device.type == "cpu") != on_cpu:
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=on_cpu,
         device_placement=not alone,
         # Another mask is another graph: the adapters that a step does not use get no gradient in it.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ConfigError(
+            f"accelerate is set up for {kind}, but fit and search want a whole copy of the model in every process (the"
+            " adapters alone are trained, and small): launch without it, e.g. with --multi_gpu; to train a sharded"
+            " model, call torch's fully_shard on its layers and on net, in a loop of your own"
+        )
+    return accelerator
 
 
 # transformers 5.23 renames gradient checkpointing to activation checkpointing and warns about the old name.

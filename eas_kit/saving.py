@@ -14,7 +14,8 @@ import torch
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from . import __version__
 from .config import EASConfig, is_int, read_json
@@ -94,12 +95,18 @@ def save_adapters(net: EASModel, folder: Path, repo_id: str | None = None) -> No
 
     What else an existing `folder` holds is kept, and so is a README.md that eas_kit did not write or somebody edited.
     If the second of the two renames fails, the old folder comes back. With `repo_id`, the files are for that
-    repository on the hub: they do not name a folder of this machine as the base model.
+    repository on the hub: they do not name a folder of this machine as the base model. Where the adapters are sharded
+    (FSDP2), every process has to call this, and the first one writes.
     """
     about = describe_net(net)
     name = about["base_model_name_or_path"]
     if repo_id and name and Path(name).is_absolute():
         name = about["base_model_name_or_path"] = None
+    state = {name: value.detach() for name, value in net.adapters.state_dict().items()}
+    if any(isinstance(value, DTensor) for value in state.values()):
+        state = {name: value.full_tensor() for name, value in state.items()}  # by all processes together
+        if distributed.get_rank() != 0:
+            return
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
@@ -107,7 +114,7 @@ def save_adapters(net: EASModel, folder: Path, repo_id: str | None = None) -> No
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (temporary / CONFIG_FILE).write_text(json.dumps(about | net.config.to_dict(), indent=2) + "\n")
-        tensors = {name: value.detach().contiguous().cpu() for name, value in net.adapters.state_dict().items()}
+        tensors = {name: value.contiguous().cpu() for name, value in state.items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         about_mask = {"num_sites": net.num_sites, "kind": "+".join(net.config.kinds), "model": name}
         save_mask(temporary / MASK_FILE, net.mask, **about_mask, **net.mask_origin)
