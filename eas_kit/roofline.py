@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .modes import eval_mode
+from .prompt import find_cache
 from .sites import unwrap
 from .timing import now
 
@@ -57,7 +58,7 @@ def decode_bytes(model: nn.Module, inputs: Mapping[str, torch.Tensor], **generat
     reads, caches = _Reads(), []
     decoder = unwrap(model).get_decoder()
     handle = decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+        lambda module, args, kwargs: caches.append(find_cache(kwargs)), with_kwargs=True
     )
 
     def between(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
