@@ -18,6 +18,12 @@ BIN := $(VENV)/bin
 # version, since a range that admits a newer release makes pip fetch that one.
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# transformers changes names between minor versions, so its oldest and newest supported ones are tested: the lower bound
+# of pyproject.toml, and this one. What `make test` does not install stands before the environment's on the path.
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+NEWEST_TRANSFORMERS := 5.24.0
+VERSION_TESTS := $(wildcard $(patsubst %,tests/test_%.py,conformance load_model merging model placement prompt saving \
+  sites_and_slots static tiny_model training))
 BASE_STAMP := $(VENV)/.installed-base
 TEST_STAMP := $(VENV)/.installed-test
 BROWSER_STAMP := $(VENV)/.installed-browser
@@ -25,7 +31,7 @@ BROWSER_STAMP := $(VENV)/.installed-browser
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: help demo resume test test-browser test-all lab lint format notebooks doctor clean
+.PHONY: help demo resume test test-versions test-browser test-all lab lint format notebooks doctor clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,10 +45,14 @@ resume: $(BASE_STAMP)  ## go on with a demo that was stopped
 
 # Models this small gain nothing from a second thread, and on a machine that does something else as well the threads
 # wait for each other. For a real model: make demo OMP_NUM_THREADS=16 RUN_ARGS="-p model ..."
-demo resume notebooks test test-browser test-all: export OMP_NUM_THREADS ?= 1
+demo resume notebooks test test-versions test-browser test-all: export OMP_NUM_THREADS ?= 1
 
 test: $(TEST_STAMP)  ## unit tests, conformance tests and every notebook with small parameters
 	$(BIN)/python -m pytest -m "not browser and not gpu" $(PYTEST_ARGS)
+
+test-versions: $(TEST_STAMP)  ## the model's tests with the oldest and the newest supported transformers
+	PYTEST_ARGS="$(PYTEST_ARGS)" PIP_ARGS="$(PIP_ARGS)" tests/versions.sh $(VENV) \
+	  "$(OLDEST_TRANSFORMERS) $(NEWEST_TRANSFORMERS)" $(VERSION_TESTS)
 
 test-browser: $(BROWSER_STAMP)  ## the tests that click in a real JupyterLab (needs chromium)
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none yet

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from test_binder import declared, pinned
 
 import eas_kit
@@ -35,6 +36,22 @@ def test_every_range_admits_the_tested_version():
         tested = pinned().get(canonicalize_name(requirement.name))
         assert tested is not None, f"{requirement.name} is not in constraints.txt"
         assert requirement.specifier.contains(tested), (requirement, tested)
+
+
+def test_the_stated_versions_of_transformers_are_the_tested_ones():
+    makefile = (ROOT / "Makefile").read_text()
+    newest = re.search(r"^NEWEST_TRANSFORMERS := (\S+)$", makefile, re.MULTILINE)[1]
+    specifier = declared()["transformers"].specifier
+    (oldest,) = (one.version for one in specifier if one.operator == ">=")
+    assert specifier.contains(newest)
+    assert Version(oldest) <= pinned()["transformers"] <= Version(newest)
+    for name in ("README.md", "CONTRIBUTING.md"):
+        stated = " ".join((ROOT / name).read_text().split())
+        assert f"transformers {oldest} to {newest.rsplit('.', 1)[0]}" in stated, name
+    shown = subprocess.run(
+        ["make", "-n", "test-versions"], cwd=ROOT, env=outside_make(), capture_output=True, text=True
+    )
+    assert f'"{oldest} {newest}" tests/test_' in shown.stdout
 
 
 def test_constraints_are_exact_and_plain():
@@ -110,16 +127,20 @@ def test_the_citation_names_the_paper():
 
 
 def test_scripts_are_executable():
-    for path in (".ci/run", "binder/postBuild"):
+    for path in (".ci/run", "binder/postBuild", "tests/versions.sh"):
         assert os.access(ROOT / path, os.X_OK), path
         subprocess.run(["bash", "-n", ROOT / path], check=True)
 
 
+def outside_make() -> dict[str, str]:
+    """The environment without what make gives its children; these tests run under make test."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+
 def test_make_help_lists_every_target():
-    env = {
-        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-    }  # this runs under make test
-    out = subprocess.run(["make", "help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        ["make", "help"], cwd=ROOT, env=outside_make(), capture_output=True, text=True, check=True
+    ).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert sorted(line.split()[1] for line in out.splitlines()) == sorted(phony)
     assert set(phony) >= {"demo", "test", "lab", "lint", "clean", "help"}
