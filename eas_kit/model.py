@@ -195,12 +195,15 @@ class EASModel(nn.Module):
                     f"past_key_values holds {int(past)} positions but nothing of their prompt for these adapters; it"
                     " was filled without them or under another mask: prefill the whole prompt with net and a new cache"
                 )
-            renew(cache, frozenset(seat.layer_idx for seat in self._seats if seat.role != "skip"))
+            self._renew(cache)
         if self._explicit is not None:
             return check_explicit(self._explicit, values)
         if self._given is not None:
             return generate_prompt(self._given, values)
         return forward_prompt(values, training=self.base.training)
+
+    def _renew(self, cache: Any) -> None:
+        renew(cache, frozenset(seat.layer_idx for seat in self._seats if seat.role != "skip"))
 
     def _layer_prompt(self) -> Tensor | None:
         if not self._inside:
@@ -240,6 +243,8 @@ class EASModel(nn.Module):
         filled = cache is not None and any(has_route(cache, seat.layer_idx) for seat in self._seats)
         if filled:
             check_same_prompt(given, cache)
+        elif cache is not None and int(cache.get_seq_length()) == 0:
+            self._renew(cache)  # here already: generate sizes the masks of a static cache by its entries
         before, self._given = self._given, given
         try:
             if form and filled:
