@@ -116,6 +116,14 @@ def text(model_type: str, *, auto: type = AutoModelForCausalLM, **changes: Any) 
     return build
 
 
+LINEAR = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MAMBA = {"mamba_d_state": 5, "mamba_d_conv": 3, "mamba_expand": 2}
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 29,
@@ -424,6 +432,20 @@ FAMILIES: tuple[Family, ...] = (
         says="DeepseekV3MoE",
         unmergeable=(2, 3),
     ),
+    Family(
+        "olmoe",
+        text("olmoe", **NO_HEAD_DIM, num_experts=4, num_experts_per_tok=2),
+        "moe",
+        says="OlmoeSparseMoeBlock",
+        unmergeable=(0, 1, 2, 3),
+    ),
+    Family(
+        "phimoe",
+        text("phimoe", **NO_HEAD_DIM, num_local_experts=4),
+        "moe",
+        says="PhimoeSparseMoeBlock",
+        unmergeable=(0, 1, 2, 3),
+    ),
     # softmax attentions among others
     Family(
         "qwen3_next",
@@ -432,11 +454,7 @@ FAMILIES: tuple[Family, ...] = (
             num_hidden_layers=5,
             layer_types=["linear_attention", *["full_attention"] * 2, "linear_attention", "full_attention"],
             mlp_only_layers=[0, 1, 2, 3, 4],
-            linear_conv_kernel_dim=3,
-            linear_key_head_dim=5,
-            linear_value_head_dim=7,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
+            **LINEAR,
             num_experts=2,
             num_experts_per_tok=1,
             moe_intermediate_size=12,
@@ -445,6 +463,68 @@ FAMILIES: tuple[Family, ...] = (
         "hybrid",
         sites=3,
         lacks={"drafts": STATEFUL},
+    ),
+    Family(
+        "qwen3_5_text",
+        text(
+            "qwen3_5_text",
+            num_hidden_layers=5,
+            layer_types=["linear_attention", *["full_attention"] * 2, "linear_attention", "full_attention"],
+            **LINEAR,
+        ),
+        "hybrid",
+        sites=3,
+        lacks={"drafts": STATEFUL},
+    ),
+    Family(
+        "jamba",
+        text(
+            "jamba",
+            **NO_HEAD_DIM,
+            **MAMBA,
+            num_hidden_layers=5,
+            attn_layer_period=2,
+            attn_layer_offset=0,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            num_experts_per_tok=1,
+            mamba_dt_rank=3,
+            use_mamba_kernels=False,
+        ),
+        "hybrid",
+        sites=3,
+        lacks={"drafts": STATEFUL},
+    ),
+    Family(
+        "bamba",
+        text(
+            "bamba",
+            **NO_HEAD_DIM,
+            **MAMBA,
+            num_hidden_layers=5,
+            attn_layer_indices=[1, 2, 4],
+            mamba_n_heads=6,
+            mamba_d_head=12,
+            mamba_n_groups=1,
+            mamba_chunk_size=8,
+        ),
+        "hybrid",
+        sites=3,
+        lacks={"drafts": STATEFUL},
+    ),
+    Family(
+        "lfm2",
+        text(
+            "lfm2",
+            **NO_HEAD_DIM,
+            num_hidden_layers=5,
+            layer_types=["conv", "full_attention", "full_attention", "conv", "full_attention"],
+            block_auto_adjust_ff_dim=False,
+            conv_L_cache=3,
+        ),
+        "hybrid",
+        sites=3,
     ),
     # a norm with a bias or without a weight; attention and feed-forward side by side
     Family("starcoder2", text("starcoder2", **NO_HEAD_DIM, sliding_window=WINDOW), "variant"),
@@ -469,6 +549,9 @@ FAMILIES: tuple[Family, ...] = (
         refuses=NO_KEYWORDS,
     ),
     Family("gptj", text("gptj", **NO_HEAD_DIM, rotary_dim=6), "variant", refuses=NO_KEYWORDS),
+    Family(
+        "codegen", text("codegen", **NO_HEAD_DIM, num_attention_heads=4, rotary_dim=4), "variant", refuses=NO_KEYWORDS
+    ),
     # refused, by name
     Family(
         "gemma3n_text",
@@ -531,6 +614,7 @@ FAMILIES: tuple[Family, ...] = (
         broken="attach accepts it, but the cache entry of a cross-attention is as long as the image, not the text",
     ),
     Family("opt", text("opt", **NO_HEAD_DIM, ffn_dim=53, word_embed_proj_dim=WIDTH), "refused", says="OPTDecoderLayer"),
+    Family("nemotron_h", text("nemotron_h"), "refused", says="NemotronHBlock"),
     Family("t5", text("t5", auto=AutoModelForSeq2SeqLM, num_layers=2, d_kv=6), "refused", says="T5"),
     Family("mamba", text("mamba", state_size=5), "refused", says="MambaBlock"),
 )
