@@ -31,6 +31,7 @@ PROPERTIES = {
     "test_describe": "described",
     "test_refused_by_name": "described",
     "test_adapters_matter": "adapters matter",
+    "test_formula": "formula",
     "test_no_leak": "no leak",
     "test_uncached": "cached = uncached",
     "test_teacher_forcing": "= labelled forward",

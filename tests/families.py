@@ -581,6 +581,7 @@ FAMILIES: tuple[Family, ...] = (
         says="Gemma4",
     ),
     Family("olmo2", text("olmo2"), "refused", says="Olmo2DecoderLayer"),
+    Family("olmo3", text("olmo3"), "refused", says="Olmo3DecoderLayer"),
     Family(
         "exaone4", text("exaone4", sliding_window=WINDOW, layer_types=WINDOWS), "refused", says="Exaone4DecoderLayer"
     ),
