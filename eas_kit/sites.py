@@ -51,11 +51,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Module path and list of the language model's decoder layers."""
     model = unwrap(model)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", model)
-    for name in LAYER_LISTS:
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            return next(path for path, module in model.named_modules() if module is layers), layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for holder in (decoder, getattr(decoder, "model", None)):  # Llama 4's text model calls itself its decoder
+        for name in LAYER_LISTS:
+            layers = getattr(holder, name, None)
+            if isinstance(layers, nn.ModuleList) and len(layers):
+                return next(path for path, module in model.named_modules() if module is layers), layers
     raise UnsupportedModelError(
         f"{type(model).__name__}: wanted a decoder with a list of {' or '.join(LAYER_LISTS)}, found none; eas_kit works"
         " on decoder-only language models of transformers and on multimodal models built around one"
@@ -83,6 +84,15 @@ def _survey(model: nn.Module) -> tuple[str, list[tuple[int, nn.Module, Names | s
     found = [(number, layer, _names_or_reason(model, layer, number)) for number, layer in enumerate(layers)]
     if all(isinstance(names, str) for *_, names in found):
         raise UnsupportedModelError(found[0][2])
+    for _, layer, _ in found:
+        crossing = [name for name, _ in layer.named_children() if "cross" in name]
+        if crossing:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} has {crossing[0]}: this model reads pictures through cross-attention layers,"
+                " which keep the picture's keys in the same KV cache that tells how long the text is; with an attention"
+                " skipped it would be told wrongly. Models that put the picture's tokens into the text work (Llava,"
+                " Qwen-VL, ...)"
+            )
     return path, found
 
 

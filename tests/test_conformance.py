@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -33,11 +34,7 @@ CLOSE = 3e-5  # share of the logits' scale that the order of float32 additions m
 
 def rows(*, refused: bool) -> list[Any]:
     """The families that are, or are not, to be refused, as parameters of a test."""
-    return [
-        pytest.param(family, id=family.name, marks=pytest.mark.xfail(reason=family.broken) if family.broken else ())
-        for family in FAMILIES
-        if (family.expect == "refused") == refused
-    ]
+    return [pytest.param(family, id=family.name) for family in FAMILIES if (family.expect == "refused") == refused]
 
 
 def attach(base: nn.Module, **config: Any) -> eas.EASModel:
@@ -459,14 +456,15 @@ def test_gradient_checkpointing(subject, outcome):
             plain = gradients(net, subject.batch)
             net.gradient_checkpointing_enable()
             assert net.is_gradient_checkpointing
-            if refusal:
-                with pytest.raises(PromptError, match=refusal) as error:
-                    gradients(net, subject.batch)
-                net.gradient_checkpointing_disable()
-                outcome(f"refused: {error.value}")
+            try:
+                checkpointed = gradients(net, subject.batch)
+            except PromptError as error:  # some versions of transformers pass keywords on where others do not
+                assert refusal, error
+                assert re.search(refusal, str(error))
+                outcome(f"refused: {error}")
                 continue
-            checkpointed = gradients(net, subject.batch)
-            net.gradient_checkpointing_disable()
+            finally:
+                net.gradient_checkpointing_disable()
             assert plain.keys() == checkpointed.keys()
             used = {".".join(name.split(".")[:2]) for name in plain}
             assert used == set(net.active_adapters())
