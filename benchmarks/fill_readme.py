@@ -160,6 +160,33 @@ def machine_of(found: dict) -> str:
     return f"{machine['processor']}, {machine['device']}, torch {found['versions']['torch']}"
 
 
+CONFORMS = {
+    "plain": "exactly the formula, and merge",
+    "tail": "the family's own norms or factors behind it, and merge",
+    "variant": "norms with a bias or without a gain, or attention and feed-forward side by side",
+    "hybrid": "only layers with softmax attention are sites",
+    "moe": "layers with experts work unmerged and condensed, and refuse the fold",
+    "refused": "by `attach`, by name",
+}
+
+
+def conformance() -> str:
+    found = json.loads((RESULTS / "conformance.json").read_text())
+    families = found["families"]
+    rows = []
+    for expect, what in CONFORMS.items():
+        named = [name for name, family in families.items() if family["expect"] == expect]
+        rows.append([f"{expect}: {what}", str(len(named)), ", ".join(named)])
+    tests = [test for family in families.values() for test in family["properties"].values()]
+    count = {result: sum(test["result"] == result for test in tests) for result in ("ok", "refused", "n.a.")}
+    assert sum(count.values()) == len(tests), "a table with failures is not for the README"
+    return (
+        f"{len(families)} families, {len(tests)} tests of a property each: {count['ok']} hold, {count['refused']} are refused by name, "
+        f"{count['n.a.']} the family itself cannot do; {found['seconds']:.0f} s on one thread, transformers {found['transformers']}.\n\n"
+        + table(["result", "families", "which"], rows)
+    )
+
+
 def latency_shapes() -> str:
     """One table a file: whoever has measured a shape or a machine leaves benchmarks/results/latency_X.json."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("latency_*.json"))]
@@ -333,6 +360,7 @@ BLOCKS = {
     "search": search,
     "tuning": tuning,
     "latency": latency,
+    "conformance": conformance,
     "latency_shapes": latency_shapes,
     "fold": fold,
     "paper_sizes": paper_sizes,

@@ -13,7 +13,8 @@ The W are gate and up of a skipped layer's feed-forward, and q, k, v of a kept a
 - *low rank*: the linears stay, and y is computed as n + [U_0, U_1] (w_b x (D n)) + b_b, with all that depends on the
   prompt in w_b and b_b. For a batch of different prompts, each row exact, and for linears that cannot be rewritten.
   Carrying the factors on through W, as W n + (W U_b) D n, is the same function; it costs 2 r d_ff a linear where this
-  costs 2 r d for all of them, and was slower than the unmerged adapter (benchmarks/fold.py).
+  costs 2 r d for all of them. It was slower than this form in every case measured, and than the unmerged adapter in
+  most (benchmarks/fold.py).
 
 The third, approximate form, for all prompts at once, is `static.py`.
 """
