@@ -79,6 +79,7 @@ class MergedLinear(StandIn):
         return F.linear(x, *self.folded)
 
 
+@torch.no_grad()
 def fold_linear(
     linear: nn.Module, factors: Factors, gain: Tensor | None = None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def fold_linear(
     projected = weight @ torch.cat([up, bias[:, None]], dim=1)
     if gain is not None:
         weight *= gain
-    weight.addmm_(projected[:, :-1], down)
+    torch.addmm(weight, projected[:, :-1], down, out=weight)  # in place; torch's flop counter does not see addmm_
     folded_bias = projected[:, -1] if linear.bias is None else projected[:, -1] + linear.bias.to(wide)
     return weight.to(linear.weight.dtype), folded_bias.to(linear.weight.dtype)
 
