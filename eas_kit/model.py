@@ -46,6 +46,7 @@ from .prompt import (
 from .saving import load_adapters, save_adapters
 from .seats import make_adapters, make_seats
 from .sites import find_sites
+from .slots import RECORDED, install_recorders
 
 __all__ = ["EASModel", "attach", "detach", "load"]
 
@@ -163,6 +164,8 @@ class EASModel(nn.Module):
 
     def _enter(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         values = {**dict(zip(self._parameter_names, args, strict=False)), **kwargs}
+        if any(values.get(name, getattr(base.config, name, False)) for name in RECORDED):
+            install_recorders(base, [(seat.layer, slot) for seat in self._seats for slot in seat.placed])
         if self._merge is not None:
             self._merge.check(find_cache(values))
         else:

@@ -79,8 +79,8 @@ class Seat:
         elif mha and config.adapt_rank:
             self.role, self.pia = "keep", adapters[str(mha.index)]["keep"]
         if ffn and ffn.index in mask:
-            feed_forward = getattr(layer, names.ffn)
-            self._place(names.ffn, SkippedFeedForward(feed_forward, adapters[str(ffn.index)]["skip"], self.desk))
+            feed_forward, pia = getattr(layer, names.ffn), adapters[str(ffn.index)]["skip"]
+            self._place(names.ffn, SkippedFeedForward(feed_forward, pia, self.desk, ffn.returns_tuple))
         self.hook()
 
     def _place(self, slot: str, stand_in: StandIn) -> None:

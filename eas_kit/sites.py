@@ -1,20 +1,22 @@
 """Where a model's attentions and feed-forwards are, and whether they can be skipped exactly.
 
-A *site* is one sub-module that can be skipped. `families.py` says what a family calls the parts of its layers. A layer
-that does not fit is left out, with the reason in `describe`; a model in which no layer fits is refused.
+A *site* is one sub-module that can be skipped. `families.py` says what a family calls the parts of its layers, and
+`rehearsal.py` tries whether a layer puts them together as the names promise. A layer that does not fit is left out,
+with the reason in `describe`; a model in which no layer fits is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from .config import KINDS
 from .errors import ConfigError, UnsupportedModelError
 from .families import ATTENTION_READERS, FFN_READERS, LAYER_LISTS, Names, gain_offset, layer_names, readers
+from .rehearsal import rehearse
 
 if TYPE_CHECKING:
     import pandas
@@ -36,6 +38,9 @@ class Site:
     hidden_size: int
     gain_offset: float | None
     """The norm before the FFN multiplies by weight + gain_offset and adds its bias; None if it does anything else."""
+
+    returns_tuple: bool = False
+    """The layer takes (output, something) from its feed-forward, not an output alone."""
 
     @property
     def slot(self) -> str:
@@ -63,26 +68,38 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _names_or_reason(model: nn.Module, layer: nn.Module, number: int) -> Names | str:
+class _Fit(NamedTuple):
+    """A layer that has sites."""
+
+    names: Names
+    width: int
+    returns_tuple: bool
+
+
+def _fit_or_reason(config: Any, layer: nn.Module, number: int) -> _Fit | str:
     try:
         names = layer_names(layer)
+        weight = getattr(getattr(layer, names.norm_in), "weight", None)
+        width = weight.numel() if weight is not None else config.hidden_size
+        fit = _Fit(names, width, rehearse(layer, names, width))
     except UnsupportedModelError as error:
         return str(error)
-    config = getattr(unwrap(model), "config", None)
-    sharing = getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) if config is not None else None
+    sharing = getattr(config, "kv_sharing_modes", None)
     if sharing and sharing[number] is not None:
         return (
             f"{type(layer).__name__}: the keys and values of this layer are shared with other layers"
             f" ({sharing[number]!r}), which a skipped attention would leave without"
         )
-    return names
+    return fit
 
 
-def _survey(model: nn.Module) -> tuple[str, list[tuple[int, nn.Module, Names | str]]]:
-    """Path of the list of layers; number, layer, and its names or the reason why it has no sites."""
+def _survey(model: nn.Module) -> tuple[str, list[tuple[int, nn.Module, _Fit | str]]]:
+    """Path of the list of layers; number, layer, and how it fits or the reason why it has no sites."""
     path, layers = decoder_layers(model)
-    found = [(number, layer, _names_or_reason(model, layer, number)) for number, layer in enumerate(layers)]
-    if all(isinstance(names, str) for *_, names in found):
+    config = getattr(unwrap(model), "config", None)
+    config = config.get_text_config(decoder=True) if config is not None else None
+    found = [(number, layer, _fit_or_reason(config, layer, number)) for number, layer in enumerate(layers)]
+    if all(isinstance(fit, str) for *_, fit in found):
         raise UnsupportedModelError(found[0][2])
     for _, layer, _ in found:
         crossing = [name for name, _ in layer.named_children() if "cross" in name]
@@ -110,11 +127,10 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
     sites: list[Site] = []
     offsets: dict[type, float | None] = {}
     for kind in kinds:
-        for number, layer, names in layers:
-            if isinstance(names, str):
+        for number, layer, fit in layers:
+            if isinstance(fit, str):
                 continue
-            weight = getattr(getattr(layer, names.norm_in), "weight", None)
-            width = weight.numel() if weight is not None else model.config.get_text_config(decoder=True).hidden_size
+            names, width, returns_tuple = fit
             offset = 0.0  # a parallel layer has nothing in between
             if names.norm_ffn is not None:
                 norm = getattr(layer, names.norm_ffn)
@@ -134,6 +150,7 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
                     names=names,
                     hidden_size=width,
                     gain_offset=offset,
+                    returns_tuple=returns_tuple,
                 )
             )
     return sites

@@ -52,6 +52,40 @@ def restore(layer: nn.Module, slot: str) -> None:
     layer._modules[slot] = stand_in.original
 
 
+# What transformers records on request, with hooks that it puts on modules of the right class, at the first request.
+RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+def install_recorders(model: nn.Module, placed: Iterable[tuple[nn.Module, str]]) -> None:
+    """Let transformers find the originals: it would not know the stand-ins by their class, and it looks only once."""
+    from transformers.utils import output_capturing
+
+    stand_ins = [(layer, slot, layer._modules[slot]) for layer, slot in placed]
+    for layer, slot, stand_in in stand_ins:
+        layer._modules[slot] = stand_in.original
+    try:
+        outermost: list[nn.Module] = []
+        for module in model.modules():
+            inside = any(module is part for outer in outermost for part in outer.modules())
+            if not inside and _records(type(module), output_capturing.__name__):
+                outermost.append(module)
+        for module in outermost:
+            output_capturing.maybe_install_capturing_hooks(module)
+    finally:
+        for layer, slot, stand_in in stand_ins:
+            layer._modules[slot] = stand_in
+
+
+def _records(cls: type, decorated_in: str) -> bool:
+    """True if the forward of this class collects what the recorders see."""
+    function = getattr(cls, "forward", None)
+    while function is not None:
+        if getattr(function, "__globals__", {}).get("__name__") == decorated_in:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
 class NoAttention(StandIn):
     """An attention that adds nothing and keeps nothing in the cache."""
 
@@ -67,8 +101,13 @@ class NoAttention(StandIn):
 class NoFeedForward(StandIn):
     """A feed-forward that adds nothing."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
+        super().__init__(original)
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.returns_tuple else nothing
 
 
 @contextmanager
@@ -91,7 +130,10 @@ def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ())
                 original = getattr(layer, site.slot)
                 if isinstance(original, StandIn):
                     raise ConfigError(f"{site.path} is skipped already; set net.mask = () or leave the other block")
-                stand_in = NoAttention(original, site.layer_idx) if kind == "mha" else NoFeedForward(original)
+                if kind == "mha":
+                    stand_in = NoAttention(original, site.layer_idx)
+                else:
+                    stand_in = NoFeedForward(original, site.returns_tuple)
                 place(layer, site.slot, stand_in)
                 placed.append((layer, site.slot))
         yield model
@@ -241,13 +283,14 @@ class SkippedNorm(StandIn):
 class SkippedFeedForward(StandIn):
     """What the adapter adds to its input, in place of a skipped feed-forward."""
 
-    def __init__(self, original: nn.Module, pia: PIA, desk: Desk) -> None:
+    def __init__(self, original: nn.Module, pia: PIA, desk: Desk, returns_tuple: bool) -> None:
         super().__init__(original)
-        self.desk, self.adapter = desk, (pia,)
+        self.desk, self.adapter, self.returns_tuple = desk, (pia,), returns_tuple
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         (pia,) = self.adapter
-        return pia.delta(hidden_states, self.desk.route("ffn", pia, hidden_states)).to(hidden_states.dtype)
+        delta = pia.delta(hidden_states, self.desk.route("ffn", pia, hidden_states)).to(hidden_states.dtype)
+        return (delta, None) if self.returns_tuple else delta
 
 
 def _with_input(

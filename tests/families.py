@@ -36,6 +36,11 @@ TEXT = {
     "tie_word_embeddings": False,
 }
 NO_HEAD_DIM = {"head_dim": None}  # families whose heads share out the width
+VQ = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": 16, "base_channels": 32} | {
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+}
+WORDS = {str(token): token for token in range(VOCAB - 1)} | {"<image>": VOCAB - 1}
 WINDOWS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
 
@@ -624,6 +629,27 @@ FAMILIES: tuple[Family, ...] = (
         "refused",
         says="MllamaCrossAttentionDecoderLayer",
     ),
+    Family(
+        "chameleon_swin",
+        text(
+            "chameleon",
+            auto=AutoModelForImageTextToText,
+            **NO_HEAD_DIM,
+            swin_norm=True,
+            vq_config=VQ,
+            vocabulary_map=WORDS,
+        ),
+        "refused",
+        says="ChameleonSwinDecoderLayer has parts with names that eas_kit knows, but",
+    ),
+    Family("minimax", text("minimax", num_local_experts=2, block_size=8), "refused", says="MiniMaxDecoderLayer"),
+    Family(
+        "gpt_neox_japanese",
+        text("gpt_neox_japanese", **NO_HEAD_DIM, intermediate_multiple_size=2),
+        "refused",
+        says="GPTNeoXJapaneseLayer",
+    ),
+    Family("openai_gpt", text("openai-gpt", **NO_HEAD_DIM), "refused", says="Block"),
     Family("opt", text("opt", **NO_HEAD_DIM, ffn_dim=53, word_embed_proj_dim=WIDTH), "refused", says="OPTDecoderLayer"),
     Family("nemotron_h", text("nemotron_h"), "refused", says="NemotronHBlock"),
     Family("t5", text("t5", auto=AutoModelForSeq2SeqLM, num_layers=2, d_kv=6), "refused", says="T5"),

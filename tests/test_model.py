@@ -245,6 +245,25 @@ class TestAttachDetach:
         net = make_net((0, 2), model=model, source="ffn_norm")
         assert net(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
+    @pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+    @pytest.mark.parametrize("make", [make_llama, make_llava])
+    def test_outputs_recorded_for_the_first_time_under_a_mask(self, asked, make):
+        """transformers puts its recorders on modules by class, once; it must find the attentions themselves."""
+        ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+        expected = make()(**ids, output_attentions=True).attentions
+        model = make()
+        net = make_net((1, 3), model=model)
+        out = net(**ids, **{asked: True})
+        assert len(out.attentions if asked == "output_attentions" else out.hidden_states) == (
+            LAYERS - 2 if asked == "output_attentions" else LAYERS + 1
+        )
+        base = detach(net)
+        assert len(expected) == LAYERS
+        found = base(**ids, output_attentions=True, output_hidden_states=True)
+        assert len(found.hidden_states) == LAYERS + 1  # and not twice
+        for ours, theirs in zip(found.attentions, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
     def test_a_layer_that_passes_no_keywords_on(self):
         """StableLM's: the prompt reaches its attention all the same, but not in a recomputation."""
         sizes = {key: value for key, value in text_config().to_dict().items() if key != "model_type"}

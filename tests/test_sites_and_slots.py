@@ -11,6 +11,8 @@ from transformers import (
     BloomForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
@@ -18,6 +20,8 @@ from transformers import (
     MambaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
 )
 
 from eas_kit.config import EASConfig
@@ -104,6 +108,11 @@ def test_models_that_do_not_fit_are_refused_by_name(model, message):
         find_sites(model())
 
 
+def test_sites_of_a_net_whose_norms_have_no_weight():
+    model = OlmoForCausalLM(OlmoConfig(**SMALL, intermediate_size=14, num_attention_heads=2))
+    assert find_sites(attach(model, EASConfig(skip_rank=6, adapt_rank=4))) == find_sites(model)
+
+
 def test_layers_that_share_keys_and_values_have_no_sites(monkeypatch):
     monkeypatch.setattr(LlamaConfig, "kv_sharing_modes", [None, None, "store", "reuse", None], raising=False)
     table = describe(make_llama())
@@ -148,6 +157,77 @@ def test_a_part_that_nobody_named_is_not_merged():
         readers(layer.mlp, FFN_READERS)
     with pytest.raises(UnsupportedModelError, match="Identity has no linears"):
         readers(nn.Identity(), FFN_READERS)
+
+
+class Misleading(nn.Module):
+    """Named like Llama's layer, put together otherwise."""
+
+    def __init__(self, layer, how):
+        super().__init__()
+        for name, part in layer.named_children():
+            setattr(self, name, part)
+        self.how = how
+
+    def forward(self, hidden_states, **kwargs):
+        if self.how == "norms behind":
+            x = hidden_states + self.input_layernorm(self.self_attn(hidden_states, **kwargs)[0])
+            return x + self.post_attention_layernorm(self.mlp(x))
+        n = self.input_layernorm(hidden_states)
+        if self.how == "three outputs":
+            added, _, _ = self.self_attn(n, **kwargs)
+        else:
+            added, _ = self.self_attn(n, **kwargs)
+        if self.how == "residual behind the norm":
+            hidden_states = n
+        x = hidden_states + added
+        read = x if self.how == "second norm unused" else self.post_attention_layernorm(x)
+        return x + self.mlp(read)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("norms behind", "the attention did not read the norm before it"),
+        ("residual behind the norm", "what left the layer was not what had entered it"),
+        ("second norm unused", "the feed-forward did not read the norm before it"),
+        ("three outputs", "not enough values to unpack"),
+    ],
+)
+def test_names_alone_do_not_make_a_site(how, says):
+    model = make_llama()
+    model.model.layers[2] = Misleading(model.model.layers[2], how)
+    before = snapshot(model)
+    table = describe(model)
+    assert table.path.tolist()[-1] == "model.layers.2"
+    assert table.site.isna().tolist() == [False] * (LAYERS - 1) + [True]
+    assert "Misleading has parts with names that eas_kit knows" in table.reason[4]
+    assert says in table.reason[4]
+    assert snapshot(model) == before
+    model.model.layers[2] = Misleading(make_llama().model.layers[2], "as it should be")
+    assert len(find_sites(model)) == LAYERS
+
+
+def test_a_feed_forward_that_returns_a_tuple():
+    """gpt-oss's: skipped, it must return one too, or the rows of a batch are taken for its parts."""
+    sizes = {key: value for key, value in text_config().to_dict().items() if key != "model_type"}
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        **sizes | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 16, "hidden_size": 32}
+    )
+    model = GptOssForCausalLM(config).eval()
+    assert {site.returns_tuple for site in find_sites(model)} == {True}
+    assert {site.returns_tuple for site in find_sites(make_llama())} == {False}
+    net = attach(model, EASConfig(skip_rank=6, adapt_rank=4, kinds=("mha", "ffn"))).eval()
+    stir(net.adapters)
+    net.mask = [1, LAYERS + 2]
+    ids = torch.tensor([[5, 6, 7, 8], [15, 16, 17, 18]])
+    with torch.no_grad():
+        together = net(input_ids=ids).logits
+        for row in range(2):
+            torch.testing.assert_close(net(input_ids=ids[row : row + 1]).logits[0], together[row])
+        net.mask = ()
+        with skipping(net, ffn=[0, 3]):
+            assert net(input_ids=ids).logits.shape == together.shape
 
 
 def test_gain_offset_tells_the_norms_apart():
