@@ -95,15 +95,15 @@ def skip_layers(model: nn.Module, layers: Iterable[int], rank: int = 128) -> tup
     Raises ConfigError for a layer that is not there, and for layer 0: the KV cache takes its length from that entry,
     so that without it every decoded token would be placed at the start.
     """
-    sites = find_sites(model)
-    chosen = check_mask(layers, len(sites))
+    _, stack = decoder_layers(model)
+    chosen = check_mask(layers, len(stack))  # layers, not sites: a hybrid has more of them
     if 0 in chosen:
         raise ConfigError("skip_layers: layer 0 must stay, as the KV cache takes its length from it; skip a later one")
     model.requires_grad_(False)
-    _, stack = decoder_layers(model)
+    width = find_sites(model)[0].hidden_size
     for number in chosen:
         layer = stack[number]
-        stack[number] = _like(LayerAdapter(layer, sites[number].hidden_size, rank), layer)
+        stack[number] = _like(LayerAdapter(layer, width, rank), layer)
     return model, _share(model)
 
 

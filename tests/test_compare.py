@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import toys
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import eas_kit as eas
 from eas_kit import cache, compare
@@ -111,6 +112,17 @@ def test_skipped_layers_leave_a_shorter_model():
         skip_layers(toys.make_llama(), [0, 2])
     with pytest.raises(ConfigError, match=r"sites are numbered 0 to 4"):
         skip_layers(toys.make_llama(), [5])
+
+
+def test_layers_are_skipped_by_their_own_number():
+    """In a hybrid they are not the numbers of the sites."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kinds = ["full_attention", "conv", "full_attention", "conv", "conv"]
+    model = Lfm2ForCausalLM(
+        Lfm2Config(**sizes, vocab_size=17, num_hidden_layers=5, layer_types=kinds, pad_token_id=0, eos_token_id=None)
+    )
+    skip_layers(model, [4], rank=7)
+    assert [type(layer).__name__ for layer in model.model.layers] == ["Lfm2DecoderLayer"] * 4 + ["LayerAdapter"]
 
 
 @pytest.mark.parametrize("make", [bottlenecks, lambda model: skip_layers(model, [2])])
