@@ -8,7 +8,6 @@ touched: the model may be on the meta device, offloaded, sharded or quantised.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +68,9 @@ def _rehearse(layer: nn.Module, names: Names, width: int, as_tuple: bool) -> Non
     if names.norm_ffn:
         parts[names.norm_ffn] = lambda _: m
     parts |= {name: lambda read: read for name in names.tail}
-    actor = copy.copy(layer)  # a stage of its own: the layer's tables stay as they are
+    # a double with tables of its own; not copy.copy, which FSDP2's classes do not stand
+    actor = object.__new__(type(layer))
+    actor.__dict__.update(layer.__dict__)
     actor.__dict__["_modules"] = dict(layer._modules) | {name: _Stub(play) for name, play in parts.items()}
     actor.__dict__["_buffers"] = {name: torch.ones(b.shape) for name, b in layer._buffers.items() if b is not None}
     actor.__dict__["training"] = False
