@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .config import read_json
 from .errors import ConfigError, UnsupportedModelError
+from .saving import swap
 from .sites import decoder_layers
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def export(
 
     `eas_export.json` beside them says what was exported and what averaging cost. `language_model_only`: allow
     "nemotron-nas" for a multimodal model, whose vision parts are then left out. `overwrite`: replace an earlier export
-    in that folder. Raises UnsupportedModelError where the
+    in that folder, and all else that is in it. Everything is written into a temporary folder beside `folder` first, so
+    an export that fails leaves no trace and no earlier export is lost by it. Raises UnsupportedModelError where the
     format cannot express the model exactly, ConfigError for an unknown format or a folder that holds something.
     """
     folder = Path(folder)
@@ -80,11 +83,6 @@ def export(
             f" (known to: {', '.join(LLAMA_ALIKE)} without sliding windows), and the formats hold Llamas;"
             " serve it with eas_kit, by `with static: net.generate(...)`"
         )
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    FORMATS[format](static, folder, text, language_model_only)
-    if processor is not None:
-        processor.save_pretrained(folder)
     about = {
         "format": format,
         "base_model": getattr(net.base, "name_or_path", None),
@@ -92,7 +90,17 @@ def export(
         "calibration": static.calibration,
         "report": static.report,
     }
-    (folder / REPORT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    place = folder.absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        FORMATS[format](static, temporary, text, language_model_only)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        (temporary / REPORT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        swap(temporary, place, keep=False)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -188,7 +196,6 @@ def _nemotron_nas(static: StaticMerge, folder: Path, text: Any, language_model_o
     tied = head is embeddings
     if not tied:
         out["lm_head.weight"] = head
-    folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict({name: tensor.detach().contiguous() for name, tensor in out.items()}, folder)
     (folder / "config.json").write_text(json.dumps(_nas_config(text, skipped, base.dtype, tied), indent=2) + "\n")
     base.generation_config.save_pretrained(folder)

@@ -120,13 +120,13 @@ def save_adapters(net: EASModel, folder: Path, repo_id: str | None = None) -> No
         save_mask(temporary / MASK_FILE, net.mask, **about_mask, **net.mask_origin)
         if may_replace(folder / CARD_FILE):
             (temporary / CARD_FILE).write_text(make_card(net, about, repo_id), encoding="utf-8")
-        _swap(temporary, folder)
+        swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`, which may exist; what only the old folder held moves over."""
+def swap(new: Path, folder: Path, *, keep: bool = True) -> None:
+    """Put `new` in the place of `folder`, which may exist; with `keep` what only the old folder held moves over."""
     new.chmod(folder.stat().st_mode if folder.exists() else 0o755)
     if not folder.exists():
         new.rename(folder)
@@ -139,7 +139,7 @@ def _swap(new: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     for file in list(old.iterdir()):
-        if not (folder / file.name).exists():
+        if keep and not (folder / file.name).exists():
             file.rename(folder / file.name)
     shutil.rmtree(old, ignore_errors=True)
 

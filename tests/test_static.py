@@ -275,6 +275,24 @@ class TestExport:
         assert not (folder / "processor.json").exists()
         assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
+    def test_a_failed_export_leaves_all_as_it_was(self, tmp_path):
+        _, static = make_static((1, 3))
+        folder = static.export(tmp_path / "stock")
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        with pytest.raises(UnsupportedModelError, match="holds a language model only"):
+            static.export(folder, "nemotron-nas", overwrite=True)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+        class FullDisk:
+            def save_pretrained(self, folder):
+                raise OSError("no space left")
+
+        for name, overwrite in (("stock", True), ("new", False)):
+            with pytest.raises(OSError, match="no space left"):
+                static.export(tmp_path / name, processor=FullDisk(), overwrite=overwrite)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert [file.name for file in tmp_path.iterdir()] == ["stock"]  # nothing half written, nothing temporary
+
     def test_refused(self, tmp_path):
         net, static = make_static((1, 3))
         with pytest.raises(ConfigError, match=r"wanted format one of \['llama', 'nemotron-nas'\], got 'gguf'"):
