@@ -59,7 +59,8 @@ def export(
     "nemotron-nas" for a multimodal model, whose vision parts are then left out. `overwrite`: replace an earlier export
     in that folder, and all else that is in it. Everything is written into a temporary folder beside `folder` first, so
     an export that fails leaves no trace and no earlier export is lost by it. Raises UnsupportedModelError where the
-    format cannot express the model exactly, ConfigError for an unknown format or a folder that holds something.
+    format cannot express the model exactly, ConfigError for an unknown format or a folder that holds something,
+    MergeError if the net's mask or adapters are not those of the merge any more.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -72,10 +73,7 @@ def export(
         )
     net = static.net
     net._check_usable("export")
-    if net.mask != static.mask:
-        raise ConfigError(
-            f"export: the merge is for mask {list(static.mask)}, net.mask is {list(net.mask)}; set it back"
-        )
+    static.check_fresh()
     text = net.base.config.get_text_config(decoder=True)
     if not LLAMA_ALIKE.get(text.model_type, lambda config: False)(text):
         raise UnsupportedModelError(

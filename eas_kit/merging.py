@@ -243,8 +243,13 @@ class Merge:
         return planned
 
     def check(self, cache: Cache | None) -> None:
-        """MergeError unless a forward uses the cache whose prompt is folded in."""
+        """MergeError unless a forward uses the cache whose prompt is folded in; if that is none, one of no prompt."""
         if self.cache is None:
+            if cache is not None and any(has_route(cache, seat.layer_idx) for seat in self.seats):
+                raise MergeError(
+                    "the weights are merged for all prompts, and this KV cache was filled by the unmerged net, whose"
+                    " adapters read its own prompt; prefill again inside of this block, with a new cache"
+                )
             return
         if cache is not self.cache or (self.first is not None and not has_route(cache, self.first)):
             raise MergeError(

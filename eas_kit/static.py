@@ -8,6 +8,7 @@ prefilled in chunks, batched continuously and served by any engine (`StaticMerge
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,15 +45,30 @@ class StaticMerge:
     """split, count, seed; router_spread: largest standard deviation of a router's weight between the prompts."""
     report: dict[str, Any] = field(default_factory=dict)
     """What averaging costs on a split, see `static_merge`; empty if nothing was scored."""
+    fingerprint: str = field(init=False, repr=False)
+    """Of the adapters that the mask uses: averages of other adapters than those of now would go with nothing."""
 
-    def __enter__(self) -> EASModel:
+    def __post_init__(self) -> None:
+        self.fingerprint = _fingerprint(self.net)
+
+    def check_fresh(self) -> None:
+        """MergeError if the net's mask or adapters are not those that were averaged."""
         net = self.net
-        net._check_usable("merge")
         if net.mask != self.mask:
             raise MergeError(
                 f"this static merge was made for mask {list(self.mask)}, the net's is {list(net.mask)} now;"
                 " set it back, or make another with static_merge(net, task)"
             )
+        if _fingerprint(net) != self.fingerprint:
+            raise MergeError(
+                "the adapters have changed since this static merge was made (trained on, cast or loaded anew), and what"
+                " it averaged is what they read before; make another with static_merge(net, task)"
+            )
+
+    def __enter__(self) -> EASModel:
+        net = self.net
+        net._check_usable("merge")
+        self.check_fresh()
         net._merge = Merge(net, self.routes, "per_prompt", cache=None)
         return net
 
@@ -61,6 +77,7 @@ class StaticMerge:
 
     def folded(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Module path, W' and c' of every linear that is rewritten, one after the other."""
+        self.check_fresh()
         names = {id(module): name for name, module in self.net.base.named_modules()}
         for seat in self.net._seats:
             if seat.role:
@@ -134,6 +151,16 @@ def static_merge(
     if score_on is not None:
         static.report = _score(static, task, score_on, num_scored, batch_size)
     return static
+
+
+def _fingerprint(net: EASModel) -> str:
+    """A checksum of all bits of the adapters at work; a few megabytes are read."""
+    digest = hashlib.blake2b()
+    for name, pia in net.active_adapters().items():
+        for key, value in pia.state_dict().items():
+            digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _score(static: StaticMerge, task: Any, split: str, limit: int, batch_size: int) -> dict[str, Any]:

@@ -118,8 +118,44 @@ class TestAveraged:
         net.mask = (1,)
         with pytest.raises(MergeError, match=r"made for mask \[0, 2\], the net's is \[1\] now"), static:
             pass
-        with pytest.raises(ConfigError, match=r"for mask \[0, 2\], net.mask is \[1\]; set it back"):
+        with pytest.raises(MergeError, match=r"made for mask \[0, 2\], the net's is \[1\] now; set it back"):
             static.export(tmp_path / "z")
+
+    def test_adapters_that_changed_need_another(self, tmp_path):
+        net, static = make_static((1, 3))
+        before = [parameter.detach().clone() for parameter in net.adapters.parameters()]
+        stir(net.adapters["0"]["skip"], seed=9)  # not at work under this mask: nothing that was averaged
+        with static:
+            pass
+        with torch.no_grad():
+            net.adapters["2"]["keep"].up_1.bias[7] += 1e-3
+        for use in (static.__enter__, lambda: next(static.folded()), lambda: static.export(tmp_path / "x")):
+            with pytest.raises(MergeError, match="the adapters have changed since.*make another with static_merge"):
+                use()
+        assert not net.is_merged
+        assert not (tmp_path / "x").exists()
+        for parameter, value in zip(net.adapters.parameters(), before, strict=True):
+            parameter.data = value
+        with static:
+            assert net.is_merged
+
+    def test_a_cache_of_the_unmerged_net_is_refused(self):
+        """Its entries know a prompt that the averaged weights do not."""
+        net, static = make_static((1, 3))
+        prompts, token = make_prompts(), torch.tensor([[5], [7], [11]])
+        exact = net.prefill(**prompts).past_key_values
+        with static, torch.no_grad():
+            with pytest.raises(MergeError, match="filled by the unmerged net.*prefill again inside of this block"):
+                net(input_ids=token, past_key_values=exact)
+            with pytest.raises(MergeError, match="filled by the unmerged net"):
+                net.generate(**prompts, past_key_values=exact, max_new_tokens=2)
+            own = net.prefill(**prompts).past_key_values
+            assert net(input_ids=token, past_key_values=own).logits.isfinite().all()
+            exact.reset()  # knows no prompt any more
+            assert torch.equal(
+                net.generate(**prompts, past_key_values=exact, max_new_tokens=3),
+                net.generate(**prompts, max_new_tokens=3),
+            )
 
     def test_refused(self):
         net = make_net((0, 2))
