@@ -6,7 +6,8 @@
 - `"nemotron-nas"`: `block_configs` with `no_op` attention, the format of NVIDIA's Nemotron-NAS models (DeciLM), which
   vLLM, SGLang, TensorRT-LLM and mlx-lm have model files for. A skipped layer has no attention at all: no weights, no
   keys and values, no time. The language model only. No engine runs in this project's tests: they read the checkpoint
-  with an independent reader of the format.
+  with an independent reader of the format. No library knows the model_type, so a small configuration class lies beside
+  config.json: `AutoConfig.from_pretrained(folder, trust_remote_code=True)`, and `--trust-remote-code` for engines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +62,8 @@ def export(
     in that folder, and all else that is in it. Everything is written into a temporary folder beside `folder` first, so
     an export that fails leaves no trace and no earlier export is lost by it. Raises UnsupportedModelError where the
     format cannot express the model exactly, ConfigError for an unknown format or a folder that holds something,
-    MergeError if the net's mask or adapters are not those of the merge any more.
+    MergeError if the net's mask or adapters are not those of the merge any more. Warns of sizes that some engines do
+    not read from "nemotron-nas".
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -179,6 +182,7 @@ def _nemotron_nas(static: StaticMerge, folder: Path, text: Any, language_model_o
             "export: engines that read nemotron-nas need an attention in layer 0 (vLLM fuses the first norm with the"
             f' residual that it starts), and the mask skips it: {skipped}; choose a mask without it, or format="llama"'
         )
+    _warn_of_sizes(text)
     state, path = _folded_state(static)
     decoder_path = path.rpartition(".")[0]
     out: dict[str, Tensor] = {}
@@ -195,8 +199,24 @@ def _nemotron_nas(static: StaticMerge, folder: Path, text: Any, language_model_o
     if not tied:
         out["lm_head.weight"] = head
     save_torch_state_dict({name: tensor.detach().contiguous() for name, tensor in out.items()}, folder)
+    shutil.copy(Path(__file__).with_name("configuration_decilm.py"), folder)
     (folder / "config.json").write_text(json.dumps(_nas_config(text, skipped, base.dtype, tied), indent=2) + "\n")
     base.generation_config.save_pretrained(folder)
+
+
+def _warn_of_sizes(text: Any) -> None:
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    odd = []
+    if head_dim * text.num_attention_heads != text.hidden_size:
+        odd.append(f"heads of {head_dim} x {text.num_attention_heads} that are not the width {text.hidden_size}")
+    if text.intermediate_size % 256:
+        odd.append(f"a feed-forward of {text.intermediate_size}, no multiple of 256")
+    if odd:
+        warnings.warn(
+            f"export: this model has {' and '.join(odd)}; nemotron-nas can say so, but some engines (mlx-lm) do not"
+            ' read it: try yours, or use format="llama"',
+            stacklevel=5,
+        )
 
 
 def _nas_config(text: Any, skipped: list[int], dtype: torch.dtype, tied: bool) -> dict[str, Any]:
@@ -225,6 +245,7 @@ def _nas_config(text: Any, skipped: list[int], dtype: torch.dtype, tied: bool) -
         "tie_word_embeddings": tied,
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "block_configs": blocks,
         "attention_bias": True,
         "mlp_bias": True,

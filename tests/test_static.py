@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nas_reader import NasModel
 from test_prompt import make_net
 from toys import LAYERS, ToyTask, make_batch, make_llama, make_llava, make_prompts, snapshot, stir, text_config
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GemmaConfig,
@@ -282,6 +284,7 @@ class TestExport:
         ("base", "width"),  # engines are told the size of the feed-forward in one of two ways
         [*((base, 53) for base in BASES if base != "llava on qwen2"), ("llama", 256)],
     )
+    @pytest.mark.filterwarnings("ignore:export. this model has")
     def test_nemotron_nas_read_independently(self, base, width, tmp_path):
         model = make_llama(intermediate_size=256) if width == 256 else BASES[base]()
         net, static = make_static((1, 3), model, images=base == "llava")
@@ -296,6 +299,37 @@ class TestExport:
         torch.testing.assert_close(read.logits(tokens), expected, **CLOSE)
         assert read.read == set(read.tensors)  # nothing that a reader would not look for
         assert not any("layers.1.self_attn" in name or "layers.1.input_layernorm" in name for name in read.tensors)
+
+    def test_nemotron_nas_config_loads_as_engines_load_it(self, tmp_path, monkeypatch):
+        """With the code beside it and attributes all the way down; and what some engines cannot read is said."""
+        import transformers.dynamic_module_utils
+
+        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        told = "heads of 14 x 2 that are not the width 38 and a feed-forward of 53, no multiple of 256; .*mlx-lm"
+        _, odd = make_static((1, 3), make_llama(), images=False)
+        with pytest.warns(UserWarning, match=told) as caught:
+            folder = odd.export(tmp_path / "odd", "nemotron-nas")
+        assert caught[0].filename == __file__
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert [block.attention.no_op for block in config.block_configs] == [i in (1, 3) for i in range(LAYERS)]
+        assert config.block_configs[0].attention.n_heads_in_group == 2
+        assert config.block_configs[0].ffn.intermediate_size == 53
+        assert not hasattr(config.block_configs[0].ffn, "ffn_mult")  # what vLLM asks first
+        assert config.architectures == ["DeciLMForCausalLM"]
+        written = json.loads((folder / "config.json").read_text())
+        assert config.to_dict()["block_configs"] == written["block_configs"]
+        assert config.head_dim == 14
+        assert config.rope_parameters == written["rope_parameters"] == odd.net.base.config.rope_parameters
+        config.save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert again["block_configs"] == written["block_configs"]
+        assert again["hidden_size"] == 38
+
+        even = make_llama(intermediate_size=256, head_dim=19 * 2, num_attention_heads=1)
+        _, static = make_static((1, 3), even, images=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            static.export(tmp_path / "even", "nemotron-nas")
 
     def test_processor_goes_along_and_folders_are_not_overwritten(self, tmp_path):
         class Processor:
