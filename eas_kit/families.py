@@ -206,6 +206,10 @@ def _linear_problem(linear: nn.Module, data: bool) -> str:
         where, way_out = "sharded (a DTensor)", "load the model whole, without FSDP or tensor parallelism"
     elif kind != "Tensor" or not weight.is_floating_point():  # torchao keeps nn.Linear and puts a class of its own in
         where, way_out = f"a {kind}", "load the model unquantised"
+    elif "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):  # accelerate's only moves what goes in and out
+        return " has a forward of its own, put on the instance, which a merge would pass by: del it first"
+    elif linear._forward_hooks or linear._forward_pre_hooks:
+        return " has forward hooks, which a merge would pass by: remove them first (handle.remove())"
     else:
         return ""
     return f".weight ({weight.dtype}) is {where}; merge needs a whole floating-point weight in memory: {way_out}"

@@ -146,6 +146,29 @@ class TestPeft:
         assert eas.detach(net) is peft_model.get_base_model()
 
 
+class TestChanged:
+    """A linear that somebody made compute something else than its weight says, without changing its class."""
+
+    @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+    def test_hooks_on_a_linear(self, kind):
+        net = make_net(MASK, model=make_llama())
+        linear = net.base.model.layers[MASK[0]].mlp.gate_proj
+        change = (lambda m, x, y: 2 * y) if kind == "register_forward_hook" else (lambda m, x: 2 * x[0])
+        handle = getattr(linear, kind)(change)
+        refuses_to_merge(net, r"LlamaMLP.gate_proj has forward hooks.*remove them first \(handle.remove\(\)\)")
+        assert list(eas.describe(net).index[~eas.describe(net).mergeable]) == [MASK[0]]
+        handle.remove()
+        assert eas.check_merge(net, PROMPT)  # the way out leads out
+
+    def test_a_forward_on_the_instance(self):
+        net = make_net(MASK, model=make_llama())
+        linear = net.base.model.layers[MASK[0]].mlp.up_proj
+        linear.forward = lambda x: 2 * torch.nn.functional.linear(x, linear.weight)
+        refuses_to_merge(net, "LlamaMLP.up_proj has a forward of its own, put on the instance.*del it first")
+        del linear.forward
+        assert eas.check_merge(net, PROMPT)
+
+
 # -------------------------------------------------------------------------------------- meta, device maps, offload
 
 
