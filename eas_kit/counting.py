@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import merging
 from .errors import ConfigError
 from .masks import check_mask
 from .meta import meta_model, read_config
 from .modes import eval_mode
 from .pia import PIA
 from .sites import find_sites, unwrap
-from .slots import skipping
+from .slots import LowRank, skipping
 
 PARTS = ("attention_projections", "attention_scores", "ffn", "adapter")
 
@@ -81,8 +82,8 @@ def flops(
     `flops(net, inputs)`: of one forward of `net` as it stands (its mask, its adapters, merged or not) on a batch.
 
     Parts: attention_projections (q, k, v, o), attention_scores (QK and the weighted sum of V, over all pairs of
-    positions, as the paper counts them), ffn, adapter; total is their sum; `other` is what lies outside of the
-    decoder layers (vision tower, projector, output head; 0 for a configuration).
+    positions, as the paper counts them), ffn, adapter (condensing and folding it included); total is their sum; `other`
+    is what lies outside of the decoder layers (vision tower, projector, output head; 0 for a configuration).
     """
     if isinstance(inputs, Mapping):
         if tuple(mask):
@@ -128,7 +129,7 @@ class _Ledger:
     MATRIX_PRODUCTS = ("mm", "addmm")  # what a linear layer becomes; batched products and fused kernels are scores
 
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False, custom_mapping=_fused_on_cpu())
+        self.counter = FlopCounterMode(display=False, custom_mapping=_unknown_to_the_counter())
         self.open, self.parts, self.seen = ["other"], defaultdict(int), {}
 
     def charge(self) -> None:
@@ -149,10 +150,15 @@ class _Ledger:
         self.open.pop()
 
 
-def _fused_on_cpu() -> dict[Any, Callable[..., int]]:
-    # The counter knows the fused attention kernels of GPUs only.
+def _unknown_to_the_counter() -> dict[Any, Callable[..., int]]:
+    # It knows the fused attention kernels of GPUs only, and no product that is added in place (as folding does).
     name = "_scaled_dot_product_flash_attention_for_cpu"
-    return {getattr(torch.ops.aten, name): _scores_flops} if hasattr(torch.ops.aten, name) else {}
+    fused = {getattr(torch.ops.aten, name): _scores_flops} if hasattr(torch.ops.aten, name) else {}
+    return fused | {torch.ops.aten.addmm_: _added_flops}
+
+
+def _added_flops(total: torch.Size, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 def _scores_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -162,8 +168,10 @@ def _scores_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: 
 
 @contextmanager
 def _labelled_adapters(ledger: _Ledger) -> Iterator[None]:
-    # Adapters run inside of the attentions and norms they stand in for, and not always through __call__.
-    methods = {name: getattr(PIA, name) for name in ("route", "delta", "factors")}
+    # Adapters run inside of the attentions and norms they stand in for, and not always through __call__; condensed ones
+    # do so too, and folding is their cost.
+    methods = {(PIA, name): getattr(PIA, name) for name in ("route", "delta", "factors", "shared_factors")}
+    methods |= {(LowRank, "__call__"): LowRank.__call__, (merging, "fold_linear"): merging.fold_linear}
 
     def labelled(method: Callable) -> Callable:
         def run(*args, **kwargs):
@@ -175,13 +183,13 @@ def _labelled_adapters(ledger: _Ledger) -> Iterator[None]:
 
         return run
 
-    for name, method in methods.items():
-        setattr(PIA, name, labelled(method))
+    for (owner, name), method in methods.items():
+        setattr(owner, name, labelled(method))
     try:
         yield
     finally:
-        for name, method in methods.items():
-            setattr(PIA, name, method)
+        for (owner, name), method in methods.items():
+            setattr(owner, name, method)
 
 
 def _meta_decoder(config: Any) -> nn.Module:

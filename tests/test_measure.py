@@ -121,6 +121,46 @@ def test_merged_decoding_costs_no_adapter_and_no_skipped_attention(net):
     assert per_token(True)["attention_projections"] * 3 == merged["attention_projections"] * 5
 
 
+def test_condensed_adapters_by_hand(net):
+    """A low-rank decoding step: D and [U_0, U_1] of every adapter, 3 d r, and nothing in another part."""
+    net.mask = [1, 4]
+    inputs, per_token = toys.make_prompts(), {}
+    for merge in (False, "low_rank"):
+        long, short = (
+            measure.count_flops(net, lambda n=n, m=merge: net.generate(**inputs, max_new_tokens=n, merge=m))
+            for n in (7, 4)
+        )
+        per_token[merge] = {part: long[part] - short[part] for part in (*measure.PARTS, "other")}
+    for part in per_token[False].keys() - {"adapter"}:
+        assert per_token["low_rank"][part] == per_token[False][part], part
+    rows, steps = 3, 3
+    assert per_token["low_rank"]["adapter"] == rows * steps * 3 * toys.WIDTH * (
+        2 * 6 + 3 * 4
+    )  # two skipped, three kept
+    assert eas.slots.LowRank.__call__.__qualname__ == "LowRank.__call__"  # put back
+
+
+def test_folding_is_charged_to_the_adapters(net):
+    from eas_kit import merging
+
+    net.mask = [1, 4]
+    inputs = toys.make_prompts((7,), (True,))
+    merged, unmerged = (
+        measure.count_flops(net, lambda m=merge: net.generate(**inputs, max_new_tokens=1, merge=m))
+        for merge in (True, False)
+    )
+    assert merged["adapter"] > unmerged["adapter"]
+    for part in ("other", "ffn", "attention_projections", "attention_scores"):
+        assert merged[part] == unmerged[part], part
+    d, f, r = toys.WIDTH, 53, 6
+    linear = net.base.model.language_model.layers[1].mlp.up_proj
+    pia = net.adapters["1"]["skip"]
+    factors = pia.factors(pia.route(torch.randn(1, d)))
+    alone = measure.count_flops(net, lambda: merging.fold_linear(linear, factors))
+    assert alone["adapter"] == alone["total"] == f * d * (r + 1) + f * r * d  # W [U, b], then W' += (W U) D
+    assert alone["other"] == 0
+
+
 # -- parameters ----------------------------------------------------------------------------------------------------
 
 
