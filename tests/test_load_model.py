@@ -101,6 +101,21 @@ class TestTextModels:
         out = net.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 3
 
+    def test_a_relative_folder_is_found_again_from_elsewhere(self, tmp_path, monkeypatch):
+        save(tmp_path / "sub" / "m")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        net = eas.attach(eas.load_model("sub/m")[0], eas.EASConfig(skip_rank=6, adapt_rank=4))
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        net.save_pretrained("adapters")
+        about = json.loads((tmp_path / "elsewhere" / "adapters" / "adapter_config.json").read_text())
+        assert about["base_model_name_or_path"] == str((tmp_path / "sub" / "m").resolve())
+        again = eas.load("adapters")
+        ids = torch.arange(3, 14)[None]
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids).logits, net(input_ids=ids).logits)
+        assert eas.load_model("tiny")[0].name_or_path == "tiny"
+
     def test_images_and_text_come_first(self):
         options = {"trust_remote_code": False}
         assert auto_class("x", Gemma3Config(), options).__name__ == "AutoModelForImageTextToText"

@@ -55,7 +55,8 @@ def load_model(name_or_folder: str | Path, device: str | None = None, **kwargs):
         _check_weights(name, Path(source) / (kwargs.get("subfolder") or ""))
     processor = _read_processor(name, source, options)
     model = _read_weights(name, source, auto, kwargs | options)
-    model.name_or_path = name
+    # a relative folder would be another one, or a name on the hub, after a change of directory
+    model.name_or_path = str(Path(source).resolve()) if name not in BUNDLED and Path(source).is_dir() else name
     model.eas_kit_source = {  # for the folders that net.save_pretrained writes
         "revision": getattr(options.get("revision"), "resolved", None),
         "subfolder": kwargs.get("subfolder") or None,
