@@ -280,7 +280,17 @@ def _fill(net: EASModel, saved: Saved) -> None:
             )
     own = dict(net.adapters.named_parameters())
     problems = [f"{name} is missing" for name in own if name not in saved.tensors]
+    unknown = [name for name in saved.tensors if name not in own] if saved.newer else []
+    if unknown and not problems:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        warnings.warn(
+            f"load: {saved.folder / WEIGHTS_FILE} has tensors that are unknown here, which are left out:"
+            f" {', '.join(unknown[:3])}{more}; the adapters can answer otherwise{saved.newer}",
+            stacklevel=4,
+        )
     for name, tensor in saved.tensors.items():
+        if name in unknown:
+            continue
         if name not in own:
             problems.append(f"{name} is unknown")
         elif tensor.shape != own[name].shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -247,16 +248,38 @@ class TestNewer:
             with pytest.warns(UserWarning, match=told):
                 load(tmp_path, base=make_llava())
 
+    def test_tensors_that_are_unknown_are_named_and_left_out(self, make_batch, tmp_path):
+        net, batch = make_net((1, 3)), make_batch()
+        net.save_pretrained(tmp_path)
+        more = {f"{i}.skip.third_path.weight": torch.ones(3) for i in range(5)}
+        save_file(net.adapters.state_dict() | more, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ConfigError, match="third_path.weight is unknown"):  # of this version: no such file is ours
+            load(tmp_path, base=make_llava())
+        newer(tmp_path)
+        told = "left out: 0.skip.third_path.weight, 1.skip.*, 2.skip.* and 2 more; .*by eas_kit 99.1.0.*update"
+        with pytest.warns(UserWarning, match="written by eas_kit 99.1.0") as caught:
+            again = load(tmp_path, base=make_llava())
+        (warning,) = (one for one in caught if re.search(told, str(one.message)))
+        assert warning.filename == __file__
+        with torch.no_grad():
+            assert torch.equal(again(**batch).logits, net(**batch).logits)
+
     @pytest.mark.filterwarnings("ignore:load")
     def test_what_cannot_be_loaded_is_an_error_that_says_why(self, tmp_path):
         net, base = make_net(), make_llava()
         before = snapshot(base)
         net.save_pretrained(tmp_path)
-        tensors = net.adapters.state_dict() | {"0.skip.third_path.weight": torch.ones(3)}
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        own = dict(net.adapters.state_dict())
+        more, first = {"0.skip.third_path.weight": torch.ones(3)}, "0.skip.router.weight"
         newer(tmp_path)
-        with pytest.raises(ConfigError, match="third_path.weight is unknown; it was written by eas_kit 99.1.0.*update"):
-            load(tmp_path, base=base)
+        for changed, told in (
+            ({first: own[first][:, :5].contiguous()}, r"router.weight has shape \(2, 5\), wanted \(2, 38\)"),
+            ({"0.skip.router_2.weight": own[first].clone(), first: None}, "router.weight is missing"),
+        ):
+            tensors = {name: value for name, value in (own | more | changed).items() if value is not None}
+            save_file(tensors, tmp_path / "adapter_model.safetensors")
+            with pytest.raises(ConfigError, match=told + "; it was written by eas_kit 99.1.0.*update"):
+                load(tmp_path, base=base)
         newer(tmp_path, source="somewhere_else")
         with pytest.raises(ConfigError, match=r"settings that do not fit: EASConfig.source.*by eas_kit 99.1.0.*update"):
             load(tmp_path, base=base)
