@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import toys
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import eas_kit as eas
 from eas_kit.errors import TaskError
 from eas_kit.models.tiny.architecture import make_model, make_processor
 from eas_kit.tasks import load_task
-from eas_kit.tasks.base import ROLES, Example
+from eas_kit.tasks.base import ROLES, Example, Task
 from eas_kit.tasks.digit_images import draw_board, draw_number, scan_indices
 from eas_kit.tasks.periodic_table import elements, values
 
@@ -272,3 +276,78 @@ def test_errors_name_what_exists(processor):
         assert len(load_task(name, processor, sizes={"val": 7}).val) == 7
     with pytest.raises(TaskError, match="ask for no more in test"):
         load_task("definitions", processor, sizes={"test": 301})
+
+
+class TestTextModels:
+    """A model of text alone comes with a tokenizer and no processor."""
+
+    TEMPLATE = "{% for m in messages %}<s>USER: {{ m['content'] + '' }}{% endfor %} ASSISTANT:"  # fails on parts
+
+    @staticmethod
+    def tokenizer(**settings):
+        """Bytes: every text has tokens, and they decode to that text."""
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+        inner = Tokenizer(models.BPE(vocabulary, merges=[]))
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        ends = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | settings
+        return PreTrainedTokenizerFast(tokenizer_object=inner, **ends)
+
+    @staticmethod
+    def model():
+        return toys.make_llama(vocab_size=263, max_position_embeddings=499)
+
+    @pytest.mark.parametrize("template", [None, TEMPLATE])
+    def test_definitions_are_tuned_and_scored(self, template):
+        task = load_task("definitions", self.tokenizer(chat_template=template))
+        examples = task.train[:3]
+        batch = task.collate(examples)
+        for row, example in enumerate(examples):
+            ids, labels = batch["input_ids"][row], batch["labels"][row]
+            kept = ids[batch["attention_mask"][row].bool()]
+            assert task.tokenizer.decode(kept) == f"{example.question} {example.answer}</s>"
+            assert task.tokenizer.decode(labels[labels != -100]) == f" {example.answer}</s>"
+        net = eas.attach(self.model(), eas.EASConfig(skip_rank=6, adapt_rank=4))
+        net.mask = [1]
+        before = task.score(net, limit=5, batch_size=3)
+        eas.fit(net, task, eas.TrainConfig(max_steps=1, batch_size=3, progress=False))
+        after = task.evaluate(net, limit=5, batch_size=3)
+        assert after["loss"] != before["loss"] and after["count"] == 5
+
+    def test_chat_template_of_text_alone(self):
+        class Echo(Task):
+            name = "echo"
+
+            def question_text(self, example):
+                return example.question
+
+            def target_text(self, example):
+                return f" {example.answer}.", ""
+
+            def parse(self, text, example):
+                return text
+
+        example = Example(id="0", question="which metal?", answer="gold")
+        task = Echo(self.tokenizer(chat_template=self.TEMPLATE))
+        prompt = task.collate([example], answers=False)["input_ids"][0]
+        assert task.tokenizer.decode(prompt) == "<s>USER: which metal? ASSISTANT:"
+        assert len(task.answers(self.model(), [example, example])) == 2
+        with pytest.raises(TaskError, match="echo: this .* has no chat template.*set its chat_template"):
+            Echo(self.tokenizer()).collate([example])
+        picture = Example(
+            id="1", question="which?", answer="gold", images=(draw_number(7, "val", np.random.default_rng(0)),)
+        )
+        with pytest.raises(TaskError, match="echo: examples with pictures need a processor that reads them"):
+            task.collate([picture])
+
+    @pytest.mark.parametrize("name", ["elements", "digits", "reading"])
+    def test_pictures_need_a_model_that_reads_them(self, name):
+        with pytest.raises(TaskError, match=f"{name}: .*need a model that reads pictures.*take definitions"):
+            load_task(name, self.tokenizer())
+
+    def test_what_is_no_processor(self, model, processor):
+        for wrong, kind in (((model, processor), "tuple"), (model, "Llava"), ("tiny", "str")):
+            with pytest.raises(TaskError, match=f"wanted a processor or tokenizer, got a {kind}.*pass the second"):
+                load_task("definitions", wrong)
+        with pytest.raises(TaskError, match="no token to pad a batch with.*tokenizer.pad_token ="):
+            load_task("definitions", self.tokenizer(pad_token=None))

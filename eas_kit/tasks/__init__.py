@@ -20,11 +20,11 @@ def load_task(name: str, processor, **settings):
 
     Args:
         name: one of "definitions", "digits", "elements", "reading".
-        processor: as ``eas.load_model`` returns it.
+        processor: as ``eas.load_model`` returns it; of a model of text alone, its tokenizer (for "definitions").
         settings: passed to the task: ``sizes={"test": 200}``; those with random questions also take ``seed=1``.
 
     Raises:
-        TaskError: for a name that does not exist, listing those that do.
+        TaskError: for a name that does not exist, listing those that do; for a processor that the task cannot use.
     """
     if name not in _TASKS:
         raise TaskError(f"there is no task {name!r}; choose one of {', '.join(sorted(_TASKS))}")

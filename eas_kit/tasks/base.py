@@ -83,6 +83,7 @@ class Task:
     template = ""
     parser = ""
     ends = True  # whether the target closes with the end-of-text token
+    pictures = False  # whether the model has to read pictures
     train: Sequence[Example]
     search: Sequence[Example]
     val: Sequence[Example]
@@ -90,7 +91,30 @@ class Task:
 
     def __init__(self, processor):
         self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.tokenizer = getattr(processor, "tokenizer", processor)  # of a model of text alone they are the same
+        self._check_processor()
+
+    def _check_processor(self) -> None:
+        kind = type(self.processor).__name__
+        if not hasattr(self.tokenizer, "pad_token_id"):
+            raise TaskError(
+                f"{self.name}: wanted a processor or tokenizer, got a {kind}; load_model returns (model, processor):"
+                " pass the second"
+            )
+        if self.pictures and not self._reads_pictures:
+            raise TaskError(
+                f"{self.name}: elements, digits and reading need a model that reads pictures, and this processor"
+                f" ({kind}) has no part for them; for a model of text take definitions"
+            )
+        if self.tokenizer.pad_token_id is None:
+            raise TaskError(
+                f"{self.name}: the tokenizer ({type(self.tokenizer).__name__}) has no token to pad a batch with; set"
+                " one, as in tokenizer.pad_token = tokenizer.eos_token"
+            )
+
+    @property
+    def _reads_pictures(self) -> bool:
+        return getattr(self.processor, "image_processor", None) is not None
 
     def set_splits(self, make: Callable[[str, int], Example], sizes: Mapping[str, int], given: Mapping | None) -> None:
         """The four splits, from `make(role, i)`: with the task's `sizes`, or those that are `given` by role."""
@@ -118,8 +142,14 @@ class Task:
     # ------------------------------------------------------------------ text to tensors
     def prompt_text(self, example: Example) -> str:
         """The whole prompt as text, by the processor's chat template, ending where the model's answer starts."""
-        content = [{"type": "image"} for _ in example.images]
-        content.append({"type": "text", "text": self.question_text(example)})
+        if getattr(self.processor, "chat_template", None) is None:
+            raise TaskError(
+                f"{self.name}: this {type(self.processor).__name__} has no chat template, so it is not known how its"
+                " model wants a question; set its chat_template, take a model tuned for chat, or override prompt_text"
+            )
+        content: Any = self.question_text(example)  # templates of text alone know nothing of parts
+        if self._reads_pictures:
+            content = [*({"type": "image"} for _ in example.images), {"type": "text", "text": content}]
         turns = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
@@ -128,9 +158,11 @@ class Task:
         flat = [i for e in examples for i in e.images]
         bos = self.tokenizer.bos_token
         written = bool(bos) and texts[0].startswith(bos)  # the template wrote it: do not add a second one
+        if flat and not self._reads_pictures:
+            raise TaskError(f"{self.name}: examples with pictures need a processor that reads them")
         return self.processor(
             text=texts,
-            images=flat or None,
+            **({"images": flat or None} if self._reads_pictures else {}),
             padding=True,
             padding_side="left",
             add_special_tokens=not written,

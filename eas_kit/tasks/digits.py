@@ -17,6 +17,7 @@ class Digits(Task):
     """See the module. Splits use disjoint digit scans; columns are the question kind and CHOICE / FREE."""
 
     name = "digits"
+    pictures = True
     template = "Question [/ Options] -> The answer is X. BECAUSE: the row or the board"
     parser = "the text in 'The answer is X.'; among the options where there are some"
 

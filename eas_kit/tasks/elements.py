@@ -43,6 +43,7 @@ class Elements(Task):
     """
 
     name = "elements"
+    pictures = True
     template = ORDERS["QCM-LEA"]
     parser = "the option in 'The answer is X.'"
 

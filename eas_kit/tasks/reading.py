@@ -21,6 +21,7 @@ class Reading(Task):
     """See the module; columns are the kinds."""
 
     name = "reading"
+    pictures = True
     template = "[picture] beginning of a statement -> its end"
     parser = "the text before the full stop"
     ends = False  # in pretraining more statements may follow
