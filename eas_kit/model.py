@@ -66,6 +66,17 @@ class EASModel(nn.Module):
 
     def __init__(self, base: nn.Module, config: EASConfig | None = None) -> None:
         super().__init__()
+        if isinstance(base, EASModel):
+            raise ConfigError(
+                "attach: this model is attached already; eas_kit.detach(net) it first, or use it as it is"
+            )
+        if not isinstance(base, nn.Module):
+            what = (
+                "load_model returns (model, processor)" if isinstance(base, tuple) else "load it with load_model first"
+            )
+            raise UnsupportedModelError(f"attach: wanted a model, got a {type(base).__name__}: {what}")
+        if config is not None and not isinstance(config, EASConfig):
+            raise ConfigError(f"attach: wanted an EASConfig, got a {type(config).__name__}: EASConfig(**settings)")
         config = config or EASConfig()
         if type(base).__module__.startswith("peft."):
             raise UnsupportedModelError(
@@ -229,6 +240,12 @@ class EASModel(nn.Module):
         would not be read in one piece: a prefill in chunks, a growing chat on the cache of an earlier turn. Call this
         and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
         """
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        if tokens is not None and not torch.is_tensor(tokens):
+            raise PromptError(
+                f"generate: wanted token ids (B, S), got a {type(tokens).__name__}: give text to the processor or"
+                " tokenizer, and what that returns to net.generate(**inputs)"
+            )
         name_cache(kwargs, self._parameter_names)
         if self._merge is not None and self._merge.cache is None and not merge:
             return self.base.generate(inputs, **kwargs)  # merged for all prompts: nothing to read

@@ -23,6 +23,7 @@ from .config import read_json
 from .errors import ConfigError
 from .sites import find_sites
 from .slots import skipping
+from .tasks import check_task
 
 if TYPE_CHECKING:
     import pandas
@@ -100,8 +101,10 @@ def probe_redundancy(
     k, all different (fewer if there are not that many); the same for every kind. split, limit, batch_size go to
     `task.score`: teacher-forced loss and accuracy. callback: called with each row as soon as it is measured.
 
-    Raises ConfigError for an unknown kind, or a k that leaves no layer.
+    Raises ConfigError for an unknown kind, or a k that leaves no layer, TaskError for a task without
+    `score`.
     """
+    check_task("probe_redundancy", task, "score")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     num_skipped = (num_skipped,) if isinstance(num_skipped, int) else tuple(num_skipped)
     num_layers = len(find_sites(model))
@@ -147,6 +150,7 @@ def single_site_sweep(
     """Skips each single site by itself: kind, site, loss, accuracy, and their changes from dense (loss_change, ...)."""
     import pandas as pd
 
+    check_task("single_site_sweep", task, "score")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     dense = _numbers(task.score(model, split, limit=limit, batch_size=batch_size))
     rows = []

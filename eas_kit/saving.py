@@ -167,6 +167,13 @@ def load_adapters(cls: type[EASModel], source: str | Path, base: nn.Module | Non
     shared = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
     if not folder.exists() and not looks_like_path(source):
         folder = fetch(source, FILES, **shared, revision=kwargs.pop("revision", None))
+    elif not folder.exists():
+        raise ConfigError(f"load: there is no such folder: {folder}; wanted one that net.save_pretrained wrote")
+    if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"load: {folder} holds a model and has no {CONFIG_FILE}; for a model: eas_kit.load_model. Wanted a folder"
+            " of net.save_pretrained"
+        )
     if base is not None and set(kwargs) - set(shared):
         raise ConfigError(
             f"load: {sorted(set(kwargs) - set(shared))} are for loading the base model, but base= is one already;"

@@ -25,6 +25,7 @@ from .loop import Event, Loop
 from .masks import save_mask
 from .processes import Order
 from .sites import unwrap
+from .tasks import check_task
 
 Callback = Callable[[Event], Any]
 
@@ -111,8 +112,9 @@ def fit(net: nn.Module, task, config: TrainConfig | None = None, callbacks: Iter
     the step it is in: the history comes back with `interrupted` set and, with `output_dir`, a checkpoint to resume.
 
     Raises TrainingError if nothing requires a gradient, or if the loss stops being finite (the weights are then
-    those of the last good step).
+    those of the last good step), TaskError if the task has no `train` or no `collate`.
     """
+    check_task("fit", task, "train", "collate")
     config = config or TrainConfig()
     per_step = config.batch_size * config.gradient_accumulation_steps
     total = config.max_steps or max(1, math.ceil(config.epochs * len(task.train) / per_step))
@@ -141,13 +143,15 @@ def search(
 
     In several processes each sees its part of every batch; draws, losses and preferences are the same in all of them.
 
-    Raises ConfigError if the candidates leave no choice, TrainingError if the loss stops being finite.
+    Raises ConfigError if the candidates leave no choice, TrainingError if the loss stops being finite, TaskError
+    if the task has no `train`, `search` or `collate`.
     """
     config = config or SearchConfig()
     if not hasattr(net, "sites") or not hasattr(net, "mask"):
         raise TrainingError(
             f"search needs a model with adapters at its sites, got {type(net).__name__}; call attach(model) first"
         )
+    check_task("search", task, "train", "search", "collate")
     if len(task.search) == 0:
         raise TrainingError("task.search has no examples, so there is nothing to reward subnetworks with.")
     kinds = [site.kind for site in net.sites]

@@ -133,8 +133,13 @@ class TestAdapters:
         assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
     def test_missing_files(self, tmp_path):
-        with pytest.raises(ConfigError, match="has no adapter_config.json, adapter_model.safetensors, mask.json"):
+        with pytest.raises(ConfigError, match="there is no such folder: .*nowhere"):
             load(tmp_path / "nowhere", base=make_llava())
+        with pytest.raises(ConfigError, match="has no adapter_config.json, adapter_model.safetensors, mask.json"):
+            load(tmp_path, base=make_llava())
+        make_llava().config.save_pretrained(tmp_path / "model")
+        with pytest.raises(ConfigError, match="model holds a model and has no .*for a model: eas_kit.load_model"):
+            load(tmp_path / "model")
         make_net().save_pretrained(tmp_path / "net")
         (tmp_path / "net" / "mask.json").unlink()
         with pytest.raises(ConfigError, match=r"has no mask.json; wanted a folder of net.save_pretrained"):

@@ -30,3 +30,13 @@ def load_task(name: str, processor, **settings):
         raise TaskError(f"there is no task {name!r}; choose one of {', '.join(sorted(_TASKS))}")
     module, attribute = _TASKS[name]
     return getattr(importlib.import_module(module), attribute)(processor, **settings)
+
+
+def check_task(caller: str, task, *parts: str) -> None:
+    """Raises TaskError if `task` lacks an attribute that `caller` will use. Any object that has them is a task."""
+    missing = [part for part in parts if not hasattr(task, part)]
+    if missing:
+        raise TaskError(
+            f"{caller}: wanted a task with {', '.join(parts)}; this {type(task).__name__} has no {', '.join(missing)}."
+            ' Take one of eas_kit.load_task, or see data/README.md, "A task of your own"'
+        )
