@@ -245,7 +245,7 @@ def _warn_of_newer(folder: Path, about: dict[str, Any]) -> str:
 
 
 def _load_base(saved: Saved, kwargs: dict[str, Any]) -> nn.Module:
-    from .models import load_model
+    from .models import load_base
 
     about = saved.about
     name = about.get("base_model_name_or_path")
@@ -256,7 +256,9 @@ def _load_base(saved: Saved, kwargs: dict[str, Any]) -> nn.Module:
     noted = {key: about[key] for key in ("revision", "subfolder") if about.get(key)}
     if about.get("base_model_dtype") and "torch_dtype" not in kwargs:
         noted["dtype"] = about["base_model_dtype"]  # else it could come in the type of its files, and answer otherwise
-    base, _ = load_model(name, **noted | kwargs)
+    base = load_base(name, **noted | kwargs)
+    if hasattr(base, "eas_kit_source"):
+        base.eas_kit_source["processor_class"] = about.get("processor_class")  # for when it is saved again
     return base
 
 

@@ -12,6 +12,7 @@ import torch
 import toys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoProcessor,
     BartConfig,
     BertConfig,
     Gemma3Config,
@@ -166,6 +167,28 @@ class TestWrongFolders:
             eas.load_model("some/one", local_files_only=True)
         with pytest.raises(EASError, match=r"config.json is a file; pass the folder it is in"):
             eas.load_model(save(tmp_path) / "config.json")
+
+    def test_processor_needs_a_package(self, tmp_path, monkeypatch):
+        def needs(*_, **__):
+            raise ImportError("\nOurProcessor requires the Torchvision library but it was not found. ")
+
+        net = eas.attach(eas.load_model(save(tmp_path / "base"))[0], eas.EASConfig(skip_rank=6, adapt_rank=4))
+        net.mask = [1, 3]
+        net.save_pretrained(tmp_path / "net")
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", needs)
+        for load in (eas.load_model, load_processor):
+            with pytest.raises(
+                EASError, match=r"OurProcessor requires the Torchvision library.*pip install.*\[vision\]"
+            ):
+                load(tmp_path / "base")
+        found = eas.load(tmp_path / "net")  # adapters need the model alone
+        found.save_pretrained(tmp_path / "again")
+        for folder in ("net", "again"):
+            about = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+            assert about["processor_class"] == type(make_tokenizer()).__name__
+        inputs = make_tokenizer()(TEXT, return_tensors="pt")
+        with torch.no_grad():
+            assert torch.equal(found(**inputs).logits, net(**inputs).logits)
 
     def test_no_config(self, tmp_path):
         make_tokenizer().save_pretrained(tmp_path)

@@ -73,11 +73,11 @@ class TestAdapters:
 
         asked = []
 
-        def load_model(name, **kwargs):
+        def load_base(name, **kwargs):
             asked.append((name, kwargs))
-            return make_llava(), None
+            return make_llava()
 
-        monkeypatch.setattr(eas_kit.models, "load_model", load_model)
+        monkeypatch.setattr(eas_kit.models, "load_base", load_base)
         model, batch = make_llava(), make_batch()
         model.name_or_path = "tiny"
         net = make_net((1, 3), model=model)
@@ -398,7 +398,7 @@ class TestDamaged:
             load(tmp_path, base=make_llava())
 
     def test_files_are_checked_before_a_base_model_is_loaded(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(eas_kit.models, "load_model", lambda *a, **k: pytest.fail("loaded the base model"))
+        monkeypatch.setattr(eas_kit.models, "load_base", lambda *a, **k: pytest.fail("loaded the base model"))
         model = make_llava()
         model.name_or_path = "tiny"
         make_net(model=model).save_pretrained(tmp_path)

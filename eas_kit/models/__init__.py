@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from eas_kit.hub import looks_like_path
 
 from .shapes import PAPER_SIZES, paper_config
 
-__all__ = ["BUNDLED", "PAPER_SIZES", "best_device", "load_model", "load_processor", "paper_config"]
+__all__ = ["BUNDLED", "PAPER_SIZES", "best_device", "load_base", "load_model", "load_processor", "paper_config"]
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "weights"}
 # what is asked of the hub (or of its local cache) in the same way for the weights and for the processor
@@ -35,9 +36,19 @@ def load_model(name_or_folder: str | Path, device: str | None = None, **kwargs):
 
     Raises:
         EASError: where nothing of that name is found, where weights or processor are missing or broken, where it is
-            no decoder model or only adapters, where it would have to run code that comes with it, and where both
-            ``device`` and ``device_map`` are given. The message says what to do.
+            no decoder model or only adapters, where its processor needs a package that is not installed, where it
+            would have to run code that comes with it, and where both ``device`` and ``device_map`` are given. The
+            message says what to do.
     """
+    return _load(name_or_folder, device, kwargs, _read_processor)
+
+
+def load_base(name_or_folder: str | Path, device: str | None = None, **kwargs):
+    """The model alone, as `load_model` would return it; nothing is asked about its processor."""
+    return _load(name_or_folder, device, kwargs, lambda *_: None)[0]
+
+
+def _load(name_or_folder: str | Path, device: str | None, kwargs: dict[str, Any], read_processor: Callable):
     if device is not None and "device_map" in kwargs:
         raise EASError(f"load_model: give device={device!r} or device_map={kwargs['device_map']!r}, not both")
     if not kwargs.get("weights_only", True):
@@ -53,14 +64,14 @@ def load_model(name_or_folder: str | Path, device: str | None = None, **kwargs):
     auto = auto_class(name, _read_config(name, source, options, kwargs.get("config")), options)
     if Path(source).is_dir() and "gguf_file" not in kwargs:
         _check_weights(name, Path(source) / (kwargs.get("subfolder") or ""))
-    processor = _read_processor(name, source, options)
+    processor = read_processor(name, source, options)
     model = _read_weights(name, source, auto, kwargs | options)
     # a relative folder would be another one, or a name on the hub, after a change of directory
     model.name_or_path = str(Path(source).resolve()) if name not in BUNDLED and Path(source).is_dir() else name
     model.eas_kit_source = {  # for the folders that net.save_pretrained writes
         "revision": getattr(options.get("revision"), "resolved", None),
         "subfolder": kwargs.get("subfolder") or None,
-        "processor_class": type(processor).__name__,
+        "processor_class": None if processor is None else type(processor).__name__,
     }
     if device is not None:
         model.to(best_device() if device == "auto" else device)
@@ -207,6 +218,12 @@ def _read_processor(name: str, source: str, options: dict[str, Any]):
 
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
+    except ImportError as error:
+        raise EASError(
+            f"{name!r} has a processor that needs a package which is not installed: {_said(error)} pip install it from"
+            " the same index as torch (eas_kit[vision]: torchvision, num2words). Or load the model alone with its class"
+            " of transformers: attach takes it"
+        ) from error
     except (OSError, ValueError) as error:
         reason = error
         if "Unrecognized processing class" in str(error):  # keeps to itself why the tokenizer could not be had
