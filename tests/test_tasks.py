@@ -251,6 +251,42 @@ def test_accuracy_counts_what_is_written(processor, model):
     assert task.score(Writer(wrong), "val", limit=1)["accuracy"] == 0
 
 
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+SMOL = (  # the blank after the colon goes where a picture follows
+    "{% for m in messages %}User{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}{% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template,token,picture",
+    [
+        ("its own", "<image>", "<image>"),
+        (QWEN, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
+        (SMOL, "<image>", "<image>"),
+        (None, "<start_of_image>", "<start_of_image>"),
+        (QWEN.replace("image_pad", "other"), "<|image_pad|>", "<|image_pad|>"),
+    ],
+    ids=["bundled", "qwen", "smol", "no template", "another token"],
+)
+def test_reading_writes_pictures_as_the_processor_wants_them(processor, monkeypatch, template, token, picture):
+    if template != "its own":
+        monkeypatch.setattr(processor, "chat_template", template)
+        monkeypatch.setattr(processor, "image_token", token)
+    task = load_task("reading", processor)
+    seen = next(e for e in task.val if e.images)
+    assert task.prompt_text(seen) == f"{picture} {seen.question}"
+    plain = next(e for e in task.val if not e.images)
+    assert task.prompt_text(plain) == plain.question
+    monkeypatch.setattr(processor, "image_token", None)
+    with pytest.raises(TaskError, match="reading: LlavaProcessor names no image_token.*take elements or digits"):
+        load_task("reading", processor)
+
+
 def test_options_pick_the_likeliest(processor, model):
     task = load_task("elements", processor)
     report = task.evaluate(model, "val", limit=6, method="options")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from eas_kit.errors import TaskError
 from eas_kit.tasks.base import ROLES, Example, Task
 from eas_kit.tasks.digit_images import draw_board, draw_number
 from eas_kit.tasks.periodic_table import elements
@@ -28,6 +29,7 @@ class Reading(Task):
 
     def __init__(self, processor, sizes: dict[str, int] | None = None, seed: int = 0, kinds: tuple[str, ...] = KINDS):
         super().__init__(processor)
+        self._picture = self._picture_text()
         self.seed, self.kinds = seed, tuple(kinds)
         self.set_splits(self._make, SIZES, sizes)
 
@@ -58,8 +60,30 @@ class Reading(Task):
             categories=(kind,),
         )
 
+    def _picture_text(self) -> str:
+        """What stands for a picture in a prompt: the processor's image token and what its template puts around it."""
+        token = getattr(self.processor, "image_token", None)
+        if not token:
+            raise TaskError(
+                f"{self.name}: {type(self.processor).__name__} names no image_token, so a prompt that is no chat cannot"
+                " hold its pictures; take elements or digits, which use the chat template"
+            )
+        if getattr(self.processor, "chat_template", None):
+            words = {"type": "text", "text": "?!?"}  # marks where the question starts, after the picture
+            before = [
+                self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+                for content in ([words], [{"type": "image"}, words])
+            ]
+            without, found = (text.partition(words["text"])[0] for text in before)
+            # Qwen-VL finds pictures by the token before them; LLaVA's line break is of no account
+            while not found.startswith(without):  # SmolVLM's has a blank that goes where a picture comes
+                without = without[:-1]
+            around = found.removeprefix(without).strip()
+            return around if token in around else token
+        return token
+
     def prompt_text(self, example: Example) -> str:
-        return f"<image> {example.question}" if example.images else example.question
+        return f"{self._picture} {example.question}" if example.images else example.question
 
     def question_text(self, example: Example) -> str:
         return example.question
