@@ -45,6 +45,7 @@ def test_it_is_a_stock_llava(tiny):
     model, processor = tiny
     assert type(model) is LlavaForConditionalGeneration and type(processor) is LlavaProcessor
     assert model.config.text_config.num_hidden_layers == 12 and model.dtype == torch.float32
+    assert eas.load_model("tiny", torch_dtype=torch.bfloat16)[0].dtype == torch.bfloat16  # dtype's old name
     assert not model.training
     half, _ = eas.load_model("tiny", dtype="bfloat16")
     assert half.dtype == torch.bfloat16

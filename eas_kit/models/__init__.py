@@ -55,7 +55,8 @@ def _load(name_or_folder: str | Path, device: str | None, kwargs: dict[str, Any]
         raise EASError("load_model: weights_only=False would run what a pickle says; save such weights as safetensors")
     name, source = _find(name_or_folder)
     if name in BUNDLED:
-        kwargs.setdefault("dtype", "float32")
+        if "torch_dtype" not in kwargs:  # its old name
+            kwargs.setdefault("dtype", "float32")
         kwargs.setdefault("attn_implementation", "eager")  # faster than sdpa at this size on a CPU
     # None would make transformers ask at the keyboard whether to run the code
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
