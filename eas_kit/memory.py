@@ -96,11 +96,16 @@ class MemoryEstimate:
         skipped = f", {len(s['mask'])} attentions skipped" if s["mask"] else ""
         return (
             f"{self.model} in {str(self.dtype).removeprefix('torch.')}: batch {s['batch_size']},"
-            f" {s['prompt_tokens']} prompt and {s['new_tokens']} new tokens{skipped}, GiB"
+            f" {s['prompt_tokens']} prompt and {s['new_tokens']} new tokens{skipped}, {self._unit[0]}"
         )
 
+    @property
+    def _unit(self) -> tuple[str, int]:
+        """Of the whole table, so that its rows compare: small models would be 0.000 GiB."""
+        return ("MiB", 2**20) if max(self.totals.values()) < 0.1 * 2**30 else ("GiB", 2**30)
+
     def __str__(self) -> str:
-        rows = [(name.replace("_", " "), f"{size / 2**30:.3f}") for name, size in self._rows()]
+        rows = [(name.replace("_", " "), f"{size / self._unit[1]:.3f}") for name, size in self._rows()]
         wide = max(len(name) for name, _ in rows)
         lines = [self._title, *(f"{name:<{wide}}  {size:>9}" for name, size in rows)]
         return "\n".join(lines + ([f"no per-prompt merge: {self.merge_problem}"] if self.merge_problem else []))
@@ -112,7 +117,7 @@ class MemoryEstimate:
         cells = "".join(
             f"<tr><th style='text-align:left;{indent[name.startswith(' ')]}'>"
             f"{escape(name.strip().replace('_', ' '))}</th>"
-            f"<td style='text-align:right'>{size / 2**30:.3f}</td></tr>"
+            f"<td style='text-align:right'>{size / self._unit[1]:.3f}</td></tr>"
             for name, size in self._rows()
         )
         note = f"<p>no per-prompt merge: {escape(self.merge_problem)}</p>" if self.merge_problem else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import toys
@@ -309,7 +311,13 @@ def test_totals_and_texts():
         "LlavaForConditionalGeneration in float32: batch 1, 23 prompt and 3 new tokens, 2 attentions"
     )
     assert "  language layers " in text
-    assert f"{part.totals['training'] / 2**30:.3f}" in text.splitlines()[-1]
+    # a small model in MiB, a large one in GiB: in both the largest total has digits
+    large = replace(estimate, weights={"other": 7 * 2**30})
+    for shown, size, unit in ((estimate, 2**20, "MiB"), (large, 2**30, "GiB")):
+        lines = str(shown).splitlines()
+        assert lines[0].endswith(f", {unit}") and f", {unit}</caption>" in shown._repr_html_()
+        total = f"{shown.totals['training'] / size:.3f}"
+        assert lines[-1].split()[-1] == total and f">{total}</td>" in shown._repr_html_() and float(total) > 0
     assert part._repr_html_().count("<tr>") == len(text.splitlines()) - 1
 
 
