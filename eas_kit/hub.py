@@ -146,7 +146,7 @@ def make_card(net: EASModel, about: dict[str, Any], repo_id: str | None = None) 
         "",
         f'net = eas.load("{what}"{"" if known else ", base=model"})',
         f"processor = load_processor({processor})",
-        "net.generate(**inputs, merge=True)  # one prompt, as the processor makes it",
+        "net.generate(**inputs, merge=True)  # one prompt, or a left-padded batch",
         "```",
         "",
     ]

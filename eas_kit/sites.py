@@ -208,7 +208,7 @@ def describe(model: nn.Module | Any, kinds: tuple[str, ...] = ("mha",)) -> panda
 
     Layers without sites follow, with site <NA>, kind "none" and the reason. Of a model, or of one that is not loaded: a
     transformers config, a local folder, or a name as in `eas_kit.estimate_memory`. Then `mergeable` says what holds
-    once the model has its weights.
+    once the model has its weights. A model that is refused whole raises UnsupportedModelError, as `attach` would.
     """
     import pandas
 

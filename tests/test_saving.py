@@ -423,7 +423,13 @@ class TestCard:
         card = ModelCard.load(tmp_path / "README.md")
         assert (card.data.base_model, card.data.library_name) == ("someone/some-llava", "eas_kit")
         loading = ('eas.load("path/to/this/folder")', 'load_processor("someone/some-llava")')
-        for part in ("| skipped (zero-based) | 1, 3 |", "| 6, 4 |", "| 5: mha |", *loading):
+        for part in (
+            "| skipped (zero-based) | 1, 3 |",
+            "| 6, 4 |",
+            "| 5: mha |",
+            "one prompt, or a left-padded batch",
+            *loading,
+        ):
             assert part in card.text
 
     def test_no_folder_of_this_machine_is_named(self, tmp_path):

@@ -104,8 +104,9 @@ SMALL = {"vocab_size": 17, "hidden_size": 12, "num_hidden_layers": 2, "pad_token
     ids=["norms only after", "no attention", "one part too many", "no decoder"],
 )
 def test_models_that_do_not_fit_are_refused_by_name(model, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        find_sites(model())
+    for look in (find_sites, describe):
+        with pytest.raises(UnsupportedModelError, match=message):
+            look(model())
 
 
 def test_sites_of_a_net_whose_norms_have_no_weight():
