@@ -170,7 +170,7 @@ class TestWrongFolders:
 
     def test_processor_needs_a_package(self, tmp_path, monkeypatch):
         def needs(*_, **__):
-            raise ImportError("\nOurProcessor requires the Torchvision library but it was not found. ")
+            raise ImportError("\nOurProcessor requires the Torchvision library but it was not found. Look up how to. ")
 
         net = eas.attach(eas.load_model(save(tmp_path / "base"))[0], eas.EASConfig(skip_rank=6, adapt_rank=4))
         net.mask = [1, 3]
@@ -178,7 +178,8 @@ class TestWrongFolders:
         monkeypatch.setattr(AutoProcessor, "from_pretrained", needs)
         for load in (eas.load_model, load_processor):
             with pytest.raises(
-                EASError, match=r"OurProcessor requires the Torchvision library.*pip install.*\[vision\]"
+                EASError,
+                match=r"OurProcessor requires the Torchvision library but it was not found\): pip install.*\[vision\]",
             ):
                 load(tmp_path / "base")
         found = eas.load(tmp_path / "net")  # adapters need the model alone

@@ -220,10 +220,11 @@ def _read_processor(name: str, source: str, options: dict[str, Any]):
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
     except ImportError as error:
+        reason = _said(error).partition(". ")[0]  # advice on installing follows, at length
         raise EASError(
-            f"{name!r} has a processor that needs a package which is not installed: {_said(error)} pip install it from"
-            " the same index as torch (eas_kit[vision]: torchvision, num2words). Or load the model alone with its class"
-            " of transformers: attach takes it"
+            f"{name!r} has a processor that needs a package which is not installed ({reason}): pip install it from the"
+            " same index as torch (eas_kit[vision]: torchvision, num2words). Or load the model alone with its class of"
+            " transformers: attach takes it"
         ) from error
     except (OSError, ValueError) as error:
         reason = error
