@@ -260,10 +260,12 @@ class EASModel(nn.Module):
         given = read_given(kwargs, self.base.generation_config)
         form = self._form(merge, given, kwargs)
         cache = find_cache(kwargs)
-        filled = cache is not None and any(has_route(cache, seat.layer_idx) for seat in self._seats)
+        length = 0 if cache is None else int(cache.get_seq_length())
+        # cropped to nothing, a cache still has the routes of the prompt that it held
+        filled = length > 0 and any(has_route(cache, seat.layer_idx) for seat in self._seats)
         if filled:
             check_same_prompt(given, cache)
-        elif cache is not None and int(cache.get_seq_length()) == 0:
+        elif cache is not None and length == 0:
             self._renew(cache)  # here already: generate sizes the masks of a static cache by its entries
         before, self._given = self._given, given
         try:

@@ -317,6 +317,20 @@ class TestCacheState:
         expected = net.prefill(**second).logits
         torch.testing.assert_close(net.prefill(**second, past_key_values=cache).logits, expected, **CLOSE)
 
+    @pytest.mark.parametrize("merge", [False, True])
+    @pytest.mark.parametrize("longer", [0, 4])
+    @pytest.mark.parametrize("emptied", ["reset", "crop"])
+    def test_generate_on_an_emptied_cache(self, emptied, longer, merge):
+        """The prompt that it held is forgotten: neither folded in place of the new one, nor taken for its beginning."""
+        net, ids = make_net(model=make_llama()), self.text_prompts(rows=1)["input_ids"]
+        other = torch.randint(3, 90, (1, 7 + longer), generator=torch.Generator().manual_seed(5))
+        expected = net.generate(other, max_new_tokens=6, do_sample=False)
+        cache = net.prefill(input_ids=ids).past_key_values
+        cache.reset() if emptied == "reset" else cache.crop(-7)
+        options = {"past_key_values": cache, "merge": merge, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(net.generate(other, **options), expected)
+        assert not torch.equal(net.generate(ids, max_new_tokens=6, do_sample=False)[:, -6:], expected[:, -6:])
+
     def test_stock_cache_classes_stay_as_they_were(self, make_prompts):
         from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
