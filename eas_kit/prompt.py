@@ -225,10 +225,19 @@ def generate_prompt(given: Tensor, kwargs: dict[str, Any]) -> Tensor:
     return torch.nn.functional.pad(mask, (0, S - length), value=False)
 
 
+def option(kwargs: Mapping[str, Any], default: GenerationConfig, name: str) -> Any:
+    """What generate takes for an option: the keyword, else what generation_config sets, else the model's `default`."""
+    if name in kwargs:
+        return kwargs[name]
+    value = getattr(kwargs.get("generation_config"), name, None)
+    return getattr(default, name, None) if value is None else value
+
+
 def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
     """(b, P) bool mask of the prompts given to generate; writes an inferred attention_mask into kwargs.
 
-    Raises PromptError for labels, for a prefill in chunks, and where there is nothing to read.
+    Raises PromptError for labels, for a prefill in chunks, for continuous batching, for classifier-free guidance, and
+    where there is nothing to read.
     """
     if kwargs.pop("labels", None) is not None:
         raise PromptError(
@@ -236,6 +245,12 @@ def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
             " collate it with answers=False"
         )
     config = kwargs.get("generation_config") or default
+    guidance = option(kwargs, default, "guidance_scale")
+    if guidance not in (None, 1):
+        raise PromptError(
+            f"guidance_scale={guidance} runs the model on a second, unconditional prompt in between, and the adapters"
+            " would take it for the first; leave it out (or 1)"
+        )
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise PromptError(
             "prefill_chunk_size splits the prompt, but every position of a skipped layer depends on the mean of the"

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from toys import LAYERS, PAD, make_llama, make_llava, row_of, stir
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from eas_kit.config import EASConfig
 from eas_kit.errors import PromptError
@@ -366,6 +366,24 @@ class TestErrors:
             net.generate(**prompts, generation_config=config)
         with pytest.raises(PromptError, match="continuous batching"):
             net.generate_batch([[1, 2]])
+
+    @pytest.mark.parametrize("merge", [False, True])
+    @pytest.mark.parametrize("said", ["keyword", "config", "default"])
+    def test_guidance(self, said, merge):
+        """A second prompt, of the unconditional branch, would be run with the state of the first."""
+        net, ids = make_net(model=make_llama()), torch.tensor([[5, 6, 7, 8, 9]])
+        options = {"merge": merge, "max_new_tokens": 3, "do_sample": False}
+        expected = net.generate(ids, **options)
+        for scale in (None, 1, 1.0):
+            assert torch.equal(net.generate(ids, guidance_scale=scale, **options), expected)
+        if said == "keyword":
+            options["guidance_scale"] = 2.0
+        elif said == "config":
+            options["generation_config"] = GenerationConfig(guidance_scale=2.0, max_new_tokens=3)
+        else:
+            net.base.generation_config.guidance_scale = 2.0
+        with pytest.raises(PromptError, match=r"guidance_scale=2.0 runs the model on a second.*leave it out"):
+            net.generate(ids, **options)
 
     def test_a_cache_filled_without_the_adapters(self, make_prompts):
         model, prompts = make_llava(), make_prompts()
