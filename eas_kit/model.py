@@ -40,6 +40,7 @@ from .prompt import (
     generate_prompt,
     has_route,
     name_cache,
+    option,
     read_given,
     renew,
 )
@@ -317,6 +318,12 @@ class EASModel(nn.Module):
         config = kwargs.get("generation_config") or self.base.generation_config
         if kwargs.get("use_cache", config.use_cache) is False:
             raise MergeError(f"merge={merge!r} needs the KV cache, where the prompt's state lives; leave use_cache on")
+        early = option(kwargs, self.base.generation_config, "assistant_early_exit")
+        if early is not None:
+            raise MergeError(
+                f"merge={merge!r} folds once the whole model has read the prompt, but with assistant_early_exit={early}"
+                " its first layers read it alone and first; leave out one of the two"
+            )
         check_attentions_only(self) if merge == "low_rank" else check_foldable(self)
         return form
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from toys import LAYERS, WIDTH, make_batch, make_llama, make_llava, make_prompts, row_of, snapshot, text_config
-from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 import eas_kit.merging
 from eas_kit.config import EASConfig
@@ -499,6 +499,24 @@ class TestRefused:
                 merged(net, cache).__enter__()
             assert snapshot(model)["modules"] == before
             assert not net.is_merged
+
+    @pytest.mark.parametrize("merge", [True, "low_rank"])
+    @pytest.mark.parametrize("said", ["keyword", "config", "default"])
+    def test_an_assistant_of_the_first_layers(self, said, merge):
+        net, inputs = trained(make_llama(), (0, 2), images=False), prompt(False)
+        options = {"max_new_tokens": 8, "do_sample": False}
+        if said == "keyword":
+            options["assistant_early_exit"] = 3
+        elif said == "config":
+            options["generation_config"] = GenerationConfig(assistant_early_exit=3, max_new_tokens=8)
+        else:
+            net.base.generation_config.assistant_early_exit = 3
+        with pytest.raises(MergeError, match=r"whole model has read the prompt.*assistant_early_exit=3.*leave out one"):
+            net.generate(**inputs, merge=merge, **options)
+        assert net.base.config.num_hidden_layers == LAYERS
+        drafted = net.generate(**inputs, **options)
+        net.base.generation_config.assistant_early_exit = None
+        assert torch.equal(drafted, greedy(net, inputs))
 
     def test_skipped_feed_forwards(self):
         net, inputs = make_net((0, LAYERS + 1), kinds=("mha", "ffn")), prompt()
