@@ -251,6 +251,11 @@ def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
             f"guidance_scale={guidance} runs the model on a second, unconditional prompt in between, and the adapters"
             " would take it for the first; leave it out (or 1)"
         )
+    if option(kwargs, default, "cache_implementation") == "paged":
+        raise PromptError(
+            'cache_implementation="paged" (continuous batching) feeds prompts in pieces, but their mean needs the whole'
+            " prompt at once; leave it out"
+        )
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise PromptError(
             "prefill_chunk_size splits the prompt, but every position of a skipped layer depends on the mean of the"

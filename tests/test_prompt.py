@@ -367,6 +367,11 @@ class TestErrors:
         with pytest.raises(PromptError, match="continuous batching"):
             net.generate_batch([[1, 2]])
 
+    def test_a_paged_cache(self, make_prompts):
+        net, prompts = make_net(), make_prompts()
+        with pytest.raises(PromptError, match=r'cache_implementation="paged" \(continuous batching\).*leave it out'):
+            net.generate(**prompts, cache_implementation="paged", max_new_tokens=3)
+
     @pytest.mark.parametrize("merge", [False, True])
     @pytest.mark.parametrize("said", ["keyword", "config", "default"])
     def test_guidance(self, said, merge):
