@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from .errors import MergeError, UnsupportedModelError
 from .families import ATTENTION_READERS, FFN_READERS, matrix, readers
-from .pia import PIA, Factors, Route
+from .pia import PIA, Factors, Route, no_autocast
 from .prompt import has_route
 from .slots import LowRank, StandIn, place, restore
 
@@ -95,11 +95,12 @@ def fold_linear(
     if shift is not None:
         bias = bias + shift.to(wide)
     weight = matrix(linear).to(wide, copy=True)
-    # one pass over the weight, the original one, for both of them: W diag(g) U and W (g b + h)
-    projected = weight @ torch.cat([up, bias[:, None]], dim=1)
-    if gain is not None:
-        weight *= gain
-    torch.addmm(weight, projected[:, :-1], down, out=weight)  # in place; torch's flop counter does not see addmm_
+    with no_autocast(weight.device):
+        # one pass over the weight, the original one, for both of them: W diag(g) U and W (g b + h)
+        projected = weight @ torch.cat([up, bias[:, None]], dim=1)
+        if gain is not None:
+            weight *= gain
+        torch.addmm(weight, projected[:, :-1], down, out=weight)  # in place; torch's flop counter does not see addmm_
     folded_bias = projected[:, -1] if linear.bias is None else projected[:, -1] + linear.bias.to(wide)
     return weight.to(linear.weight.dtype), folded_bias.to(linear.weight.dtype)
 
@@ -224,11 +225,15 @@ class Merge:
             else:
                 linears += self._fold(net, seat, target, route)
                 condensed.append(None)
-        for parent, name, linear in linears:
-            place(parent, name, linear)
-            self.placed.append((parent, name))
-        for seat, low_rank in zip(self.seats, condensed, strict=True):
-            seat.merge(low_rank)
+        try:
+            for parent, name, linear in linears:
+                self.placed.append((parent, name))
+                place(parent, name, linear)
+            for seat, low_rank in zip(self.seats, condensed, strict=True):
+                seat.merge(low_rank)
+        except BaseException:  # an interrupt: nobody else knows yet what to undo
+            self.undo()
+            raise
 
     def _fold(self, net: EASModel, seat: Seat, target: Target, route: Route) -> list[tuple]:
         factors = seat.pia.factors(route.map(lambda t: t[:1]))
@@ -261,7 +266,8 @@ class Merge:
         for seat in self.seats:
             seat.unmerge()
         for parent, name in reversed(self.placed):
-            restore(parent, name)
+            if isinstance(getattr(parent, name), MergedLinear):  # not if interrupted just before it was placed
+                restore(parent, name)
         self.placed.clear()
 
 

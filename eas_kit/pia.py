@@ -18,12 +18,17 @@ Shapes: B batch, S sequence, d model width, r rank. This module imports nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Within it autocast lowers no product: what is calculated once for a whole answer is worth full precision."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Route(NamedTuple):
@@ -141,8 +146,7 @@ class PIA(nn.Module):
     def route(self, prompt_mean: Tensor) -> Route:
         """Read the prompt once: router weights and pooled feature from m (B, d), in at least float32 (eq. 5)."""
         wide = torch.promote_types(prompt_mean.dtype, torch.float32)
-        device = prompt_mean.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        with no_autocast(prompt_mean.device):
             m = prompt_mean.to(wide)
             logits = F.linear(m, self.router.weight.to(wide), self.router.bias.to(wide))
             pooled = None
@@ -177,6 +181,10 @@ class PIA(nn.Module):
 
     def shared_factors(self, route: Route) -> SharedFactors:
         """The adapter folded for given prompts, as far as rows can share it; in at least float32 (eq. 8-10)."""
+        with no_autocast(route.weights.device):
+            return self._shared_factors(route)
+
+    def _shared_factors(self, route: Route) -> SharedFactors:
         wide = torch.promote_types(self.down_pooled.weight.dtype, torch.float32)
         w = route.weights.to(wide)  # (B, 2)
         up = self.scale * torch.cat([self.up_0.dense(), self.up_1.dense()], dim=1).to(wide)  # (d, 2 r)
@@ -193,7 +201,8 @@ class PIA(nn.Module):
     def factors(self, route: Route) -> Factors:
         """The adapter folded for given prompts, as rank-r factors in at least float32 (eq. 8-10)."""
         shared = self.shared_factors(route)
-        up = torch.einsum("bp,dpr->bdr", shared.weights, shared.up.unflatten(1, (2, -1)))  # U
+        with no_autocast(route.weights.device):
+            up = torch.einsum("bp,dpr->bdr", shared.weights, shared.up.unflatten(1, (2, -1)))  # U
         return Factors(up, shared.down, shared.bias)
 
     def fold(self, prompt_mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from eas_kit.merging import MergedLinear, condense, fold_linear, merged
 from eas_kit.model import attach
 from eas_kit.pia import PIA
 from eas_kit.proof import check_merge
+from eas_kit.seats import Seat
 from eas_kit.sites import find_sites
 
 MASKS = [(), (0,), (LAYERS - 1,), (1, 3), (0, 1, 2, 4)]
@@ -132,6 +133,32 @@ class TestExact:
         proof = check_merge(net, inputs, max_new_tokens=4)
         assert proof.dtype == torch.bfloat16
         assert proof.max_rel_diff < proof.tolerance
+
+    @pytest.mark.parametrize("paths", [1, 2])
+    def test_autocast_lowers_no_folded_weight(self, paths):
+        torch.manual_seed(0)
+        pia, linear, gain, shift = PIA(14, 6, 2, paths=paths), nn.Linear(14, 11), torch.randn(14), torch.randn(14)
+        for parameter in pia.parameters():
+            parameter.data = torch.randn_like(parameter)
+        route = pia.route(torch.randn(1, 14))
+
+        def all_of_it():
+            condensed = condense(pia, route, gain, shift)
+            return [*fold_linear(linear, pia.factors(route), gain, shift), *pia.factors(route), condensed.bias]
+
+        with torch.no_grad():
+            expected = all_of_it()
+            with torch.autocast("cpu", torch.bfloat16):
+                for tensor, wanted in zip(all_of_it(), expected, strict=True):
+                    assert tensor.dtype == torch.float32
+                    assert torch.equal(tensor, wanted)
+
+    @pytest.mark.parametrize("merge", [True, "per_prompt", "low_rank"])
+    def test_merging_under_autocast(self, merge):
+        net, inputs = trained(make_llava(), (0, 2)), prompt()
+        with torch.autocast("cpu", torch.bfloat16):
+            proof = check_merge(net, inputs, max_new_tokens=4, form=merge)
+        assert proof.max_rel_diff < 1e-1  # the bound of bfloat16, in which the linears run
 
     def test_fold_linear_is_the_product_of_matrices(self):
         torch.manual_seed(0)
@@ -562,6 +589,37 @@ class TestRestored:
         cache = net.prefill(**inputs).past_key_values
         with pytest.raises(KeyError), merged(net, cache):
             raise KeyError
+        assert torch.equal(greedy(net, inputs), expected)
+
+    @pytest.mark.parametrize(
+        ("form", "owner", "name"),
+        [("per_prompt", eas_kit.merging, "place"), ("per_prompt", Seat, "merge"), ("low_rank", Seat, "merge")],
+    )
+    @pytest.mark.parametrize("done", [False, True])
+    def test_interrupted_while_modules_are_placed(self, monkeypatch, form, owner, name, done):
+        def state():  # hooks are registered anew, under other numbers
+            now = snapshot(net)
+            return now | {"hooks": [[len(table) for table in tables] for tables in now["hooks"]]}
+
+        net, inputs = trained(make_llava(), (0, 2)), prompt()
+        expected, before = greedy(net, inputs), state()
+        calls, whole = [], getattr(owner, name)
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 3 and not done:
+                raise KeyboardInterrupt
+            whole(*args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                net.generate(**inputs, merge=form, max_new_tokens=3)
+        assert len(calls) == 3
+        assert not net.is_merged
+        assert state() == before
         assert torch.equal(greedy(net, inputs), expected)
 
     def test_weights_on_show_stay_the_originals(self):
