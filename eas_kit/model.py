@@ -315,8 +315,7 @@ class EASModel(nn.Module):
                 f'merge="per_prompt" folds the adapters into the weights for one prompt, but the inputs hold'
                 f' {len(given)}; generate them one by one, or with merge="low_rank"'
             )
-        config = kwargs.get("generation_config") or self.base.generation_config
-        if kwargs.get("use_cache", config.use_cache) is False:
+        if option(kwargs, self.base.generation_config, "use_cache") is False:
             raise MergeError(f"merge={merge!r} needs the KV cache, where the prompt's state lives; leave use_cache on")
         early = option(kwargs, self.base.generation_config, "assistant_early_exit")
         if early is not None:

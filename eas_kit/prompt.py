@@ -244,7 +244,6 @@ def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
             "generate takes prompts, but this batch has labels, so its input_ids hold the answers too;"
             " collate it with answers=False"
         )
-    config = kwargs.get("generation_config") or default
     guidance = option(kwargs, default, "guidance_scale")
     if guidance not in (None, 1):
         raise PromptError(
@@ -256,7 +255,7 @@ def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
             'cache_implementation="paged" (continuous batching) feeds prompts in pieces, but their mean needs the whole'
             " prompt at once; leave it out"
         )
-    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+    if option(kwargs, default, "prefill_chunk_size"):
         raise PromptError(
             "prefill_chunk_size splits the prompt, but every position of a skipped layer depends on the mean of the"
             " whole prompt; leave it out"
@@ -267,7 +266,7 @@ def read_given(kwargs: dict[str, Any], default: GenerationConfig) -> Tensor:
     mask = kwargs.get("attention_mask")
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        pad, end = kwargs.get("pad_token_id", config.pad_token_id), kwargs.get("eos_token_id", config.eos_token_id)
+        pad, end = option(kwargs, default, "pad_token_id"), option(kwargs, default, "eos_token_id")
         if pad is not None and tokens.dim() == 2 and pad not in (end if isinstance(end, list) else [end]):
             mask = tokens.ne(pad).long()  # what transformers infers as well
         kwargs["attention_mask"] = mask

@@ -14,7 +14,7 @@ from toys import LAYERS, PAD, make_llama, make_llava, row_of, stir
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from eas_kit.config import EASConfig
-from eas_kit.errors import PromptError
+from eas_kit.errors import MergeError, PromptError
 from eas_kit.model import attach
 from eas_kit.prompt import PromptMean, PromptState, forward_prompt, generate_prompt
 
@@ -208,6 +208,27 @@ class TestGenerate:
         ids = prompts.pop("input_ids")
         assert (ids == PAD).any()
         assert torch.equal(net.generate(ids, **prompts, max_new_tokens=4), expected)
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_a_generation_config_of_ones_own_is_filled_in(self, make_prompts, merge):
+        """transformers takes what it leaves open (here: which token pads) from the model's own."""
+        net, prompts = make_net(), make_prompts()
+        options = {"generation_config": GenerationConfig(max_new_tokens=4, do_sample=False), "merge": merge}
+        expected = net.generate(**prompts, **options)
+        del prompts["attention_mask"]
+        assert torch.equal(net.generate(**prompts, **options), expected)
+        ones = torch.ones_like(prompts["input_ids"])  # what it must not take for the mask
+        assert not torch.equal(net.generate(**prompts, attention_mask=ones, **options), expected)
+
+    @pytest.mark.parametrize("merge", [True, "low_rank"])
+    def test_no_cache_by_default_and_a_generation_config_of_ones_own(self, make_prompts, merge):
+        net, prompts = make_net(), make_prompts((7,), (True,))
+        net.base.generation_config.use_cache = False
+        config = GenerationConfig(max_new_tokens=3)
+        with pytest.raises(MergeError, match="needs the KV cache"):
+            net.generate(**prompts, generation_config=config, merge=merge)
+        config.use_cache = True
+        assert net.generate(**prompts, generation_config=config, merge=merge).shape[1] == 16 + 3
 
     def test_prompt_of_one_token(self):
         net = make_net(model=make_llama())
