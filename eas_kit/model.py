@@ -41,6 +41,7 @@ from .prompt import (
     has_route,
     name_cache,
     option,
+    padded_positions,
     read_given,
     renew,
 )
@@ -289,15 +290,21 @@ class EASModel(nn.Module):
     def prefill(self, **inputs: Any) -> Any:
         """One forward over whole prompts: `.logits` (B, 1, vocab) and `.past_key_values`, ready for `merged`.
 
-        As in any forward, give padded rows their position_ids if `generate` is to go on with the cache.
+        Rows with padding get the position_ids that `generate` gives them, where the family has no scheme of its own.
+        `generate` goes on with the cache as it is; steps by hand, net(input_ids=..., past_key_values=cache), on rows
+        with padding need the attention_mask and the position_ids that continue.
         """
         if inputs.get("labels") is not None:
             raise PromptError("prefill takes prompts, without labels; for a loss call net(**batch)")
         if self.training:
             raise PromptError("prefill is for inference: call net.eval() first")
+        own_positions = "position_ids" not in self._parameter_names or "paligemma" in self.base.config.model_type
         for module in self.base.modules():  # Qwen-VL keeps the positions of the batch before, for its own generate
+            own_positions = own_positions or hasattr(module, "rope_deltas")
             if getattr(module, "rope_deltas", None) is not None:
                 module.rope_deltas = None
+        if not own_positions and inputs.get("position_ids") is None:
+            inputs["position_ids"] = padded_positions(inputs)
         with torch.no_grad():
             return self(**inputs, use_cache=True, logits_to_keep=1)
 

@@ -147,7 +147,7 @@ def has_route(cache: Cache, index: int) -> bool:
 
 
 def check_same_prompt(given: Tensor, cache: Cache) -> None:
-    """PromptError if generate is given other prompts (b, P) bool than the cache has read: a growing chat."""
+    """PromptError if generate is given other prompts (b, P) bool than the cache has read: a growing chat, mostly."""
     entry = next(entry for entry in cache.layers if getattr(entry, "routes", None))
     wanted, read = given.sum(dim=1).to(entry.length.device), entry.length
     if len(read) % len(wanted) == 0:  # beams, returned sequences
@@ -155,9 +155,11 @@ def check_same_prompt(given: Tensor, cache: Cache) -> None:
     if not torch.equal(wanted, read):
         raise PromptError(
             f"past_key_values has read prompts of {read.tolist()} positions, and these inputs hold"
-            f" {given.sum(1).tolist()}: a chat that has grown. Every position of a skipped layer depends on the mean of"
-            " the whole prompt, so what was read before cannot be gone on with exactly; leave past_key_values out and"
-            " the whole chat is read anew"
+            f" {given.sum(1).tolist()}. If it is the same prompt, pass the same attention_mask to prefill and to"
+            " generate: without one, prefill counts every token, and generate leaves out those that pad. If it is a"
+            " chat that has grown, be it by the model's own answer: every position of a skipped layer depends on the"
+            " mean of the whole prompt, so what was read before cannot be gone on with exactly; leave past_key_values"
+            " out and the whole chat is read anew"
         )
 
 
@@ -170,7 +172,7 @@ def renew(cache: Cache, kept: frozenset[int]) -> None:
                 cache.layers[index] = entry.displaced
 
 
-def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device]:
+def batch_shape(kwargs: Mapping[str, Any]) -> tuple[int, int, torch.device]:
     """(B, S) of the tokens of a forward, and their device."""
     tokens = kwargs.get("input_ids")
     if tokens is None:
@@ -178,6 +180,14 @@ def batch_shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device]:
     if tokens is None:
         raise PromptError("a forward needs input_ids or inputs_embeds to tell the prompt; got neither")
     return tokens.shape[0], tokens.shape[1], tokens.device
+
+
+def padded_positions(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """(B, S) positions counted without the padding, as generate counts them; None where nothing is padded."""
+    mask = kwargs.get("attention_mask")
+    if not torch.is_tensor(mask) or mask.is_meta or mask.shape != batch_shape(kwargs)[:2] or mask.bool().all():
+        return None
+    return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
 
 
 def forward_prompt(kwargs: dict[str, Any], *, training: bool) -> Tensor:

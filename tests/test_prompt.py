@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from toys import LAYERS, PAD, make_llama, make_llava, row_of, stir
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from eas_kit.config import EASConfig
 from eas_kit.errors import MergeError, PromptError
@@ -273,6 +273,64 @@ class TestGenerate:
             text = {key: value for key, value in prompts.items() if key != "pixel_values"}
             out = net.generate(**text, past_key_values=cache, merge=merge, max_new_tokens=5, do_sample=False)
             assert torch.equal(out, expected)
+
+
+    def test_a_pad_token_inside_a_prompt(self):
+        """prefill counts it, generate infers that it pads: said with both counts, and goes on with the same mask."""
+        net, ids = make_net(model=make_llama()), torch.tensor([[5, 6, PAD, 7, 8, 9]])
+        cache = net.prefill(input_ids=ids).past_key_values
+        cache.crop(-1)
+        with pytest.raises(PromptError, match=r"of \[6\] positions.*hold \[5\]. If it is the same.*attention_mask to"):
+            net.generate(ids, past_key_values=cache, max_new_tokens=3)
+        ones = torch.ones_like(ids)
+        out = net.generate(ids, past_key_values=cache, attention_mask=ones, max_new_tokens=3)
+        assert torch.equal(out, net.generate(ids, attention_mask=ones, max_new_tokens=3))
+
+
+class TestPrefillPositions:
+    def make(self):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=97, n_positions=64, n_embd=38, n_layer=LAYERS, n_head=2, initializer_range=0.2)
+        model = GPT2LMHeadModel(config).eval()
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
+        return make_net(model=model)
+
+    def test_padded_rows_are_read_as_alone(self, make_prompts):
+        """Positions that are learnt, and so absolute."""
+        net, prompts = self.make(), make_prompts(images=None)
+        out = net.prefill(**prompts)
+        places = torch.arange(prompts["input_ids"].shape[1]).expand_as(prompts["input_ids"])
+        control = net.prefill(**prompts, position_ids=places)
+        for row in range(3):
+            alone = net.prefill(**row_of(prompts, row))
+            torch.testing.assert_close(out.logits[row], alone.logits[0], **CLOSE)
+            for one, three in zip(alone.past_key_values.layers, out.past_key_values.layers, strict=True):
+                for key, route in one.routes.items():
+                    torch.testing.assert_close(three.routes[key].mean[row], route.mean[0], **CLOSE)
+            if not prompts["attention_mask"][row].all():
+                assert (control.logits[row] - alone.logits[0]).abs().max() > 1e-2
+        assert torch.equal(net.prefill(**prompts, position_ids=places).logits, control.logits)  # what is given holds
+
+    @pytest.mark.parametrize("merge", [False, True])
+    @pytest.mark.parametrize("make", ["gpt2", "llama"])
+    def test_generate_goes_on_with_padded_rows(self, make_prompts, make, merge):
+        net, prompts = self.make() if make == "gpt2" else make_net(model=make_llama()), make_prompts(images=None)
+        cache = net.prefill(**prompts).past_key_values
+        cache.crop(-1)
+        out = net.generate(**prompts, past_key_values=cache, merge=merge, max_new_tokens=5)
+        assert torch.equal(out, net.generate(**prompts, max_new_tokens=5))
+
+    @pytest.mark.parametrize("own", [False, True])
+    def test_a_family_with_a_scheme_of_its_own(self, make_prompts, own):
+        net, prompts, seen = make_net(model=make_llama()), make_prompts(images=None), []
+        if own:
+            net.base.model.rope_deltas = None  # as Qwen-VL keeps them
+        net.base.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+        net.prefill(**prompts | {"position_ids": None})
+        net.prefill(**row_of(prompts, 0) | {"position_ids": None})  # nothing is padded
+        assert [positions is None for positions in seen] == [own, True]
+        if not own:
+            assert seen[0].tolist()[1] == [0] * 6 + list(range(5))
 
 
 class TestCacheState:
