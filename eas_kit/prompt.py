@@ -60,6 +60,11 @@ def with_state(cls: type) -> type:
     class Entry(cls, PromptState):
         _layer_type = None  # else transformers would register this class for all caches to come
 
+        def __reduce_ex__(self, protocol: Any) -> Any:  # this class has no name to be found by; copies go through here
+            if type(self) is not Entry:
+                return super().__reduce_ex__(protocol)
+            return _new_entry, (cls,), vars(self)
+
         def _change(self, change: Callable[[Tensor], Tensor]) -> None:
             self.routes = {key: route.map(change) for key, route in self.routes.items()}
             self.length = None if self.length is None else change(self.length)
@@ -82,6 +87,11 @@ def with_state(cls: type) -> type:
 
     Entry.__name__ = Entry.__qualname__ = f"{cls.__name__}WithPrompt"
     return Entry
+
+
+def _new_entry(cls: type) -> Any:
+    kind = with_state(cls)
+    return kind.__new__(kind)
 
 
 class PromptMean(with_state(DummyLayer)):

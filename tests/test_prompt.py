@@ -6,6 +6,8 @@ Everything runs on a random LLaVA with random adapters, some sites skipped, some
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -409,6 +411,28 @@ class TestCacheState:
         options = {"past_key_values": cache, "merge": merge, "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(net.generate(other, **options), expected)
         assert not torch.equal(net.generate(ids, max_new_tokens=6, do_sample=False)[:, -6:], expected[:, -6:])
+
+    @pytest.mark.parametrize("made", ["dynamic", "static", "sliding"])
+    @pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+    def test_a_cache_can_be_saved(self, how, made):
+        net = make_net(model=make_llama())
+        config = copy.deepcopy(net.base.config)
+        if made == "sliding":
+            config.sliding_window, config.layer_types = 16, ["sliding_attention"] * LAYERS
+        cache = StaticCache(config=config, max_cache_len=16) if made == "static" else DynamicCache(config=config)
+        cache = net.prefill(**self.text_prompts(), past_key_values=cache).past_key_values
+        if how == "pickle":
+            other = pickle.loads(pickle.dumps(cache))
+        elif how == "torch.save":
+            torch.save(cache, file := io.BytesIO())
+            other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        else:
+            other = copy.deepcopy(cache)
+        assert [type(entry) for entry in other.layers] == [type(entry) for entry in cache.layers]
+        tokens = torch.tensor([[11], [22], [33]])
+        expected = self.step(net, copy.copy(cache), tokens)
+        other.reorder_cache(torch.tensor([2, 1, 0]))  # it has its own state
+        torch.testing.assert_close(self.step(net, other, tokens.flip(0)), expected.flip(0), **CLOSE)
 
     def test_stock_cache_classes_stay_as_they_were(self, make_prompts):
         from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
