@@ -129,7 +129,7 @@ class _Ledger:
     MATRIX_PRODUCTS = ("mm", "addmm")  # what a linear layer becomes; batched products and fused kernels are scores
 
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False, custom_mapping=_unknown_to_the_counter())
+        self.counter = FlopCounterMode(display=False, custom_mapping=_fused_on_cpu())
         self.open, self.parts, self.seen = ["other"], defaultdict(int), {}
 
     def charge(self) -> None:
@@ -150,15 +150,10 @@ class _Ledger:
         self.open.pop()
 
 
-def _unknown_to_the_counter() -> dict[Any, Callable[..., int]]:
-    # It knows the fused attention kernels of GPUs only, and no product that is added in place (as folding does).
+def _fused_on_cpu() -> dict[Any, Callable[..., int]]:
+    # The counter knows the fused attention kernels of GPUs only.
     name = "_scaled_dot_product_flash_attention_for_cpu"
-    fused = {getattr(torch.ops.aten, name): _scores_flops} if hasattr(torch.ops.aten, name) else {}
-    return fused | {torch.ops.aten.addmm_: _added_flops}
-
-
-def _added_flops(total: torch.Size, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
+    return {getattr(torch.ops.aten, name): _scores_flops} if hasattr(torch.ops.aten, name) else {}
 
 
 def _scores_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
