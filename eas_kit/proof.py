@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,10 @@ def check_merge(net: EASModel, inputs: dict[str, Any], max_new_tokens: int = 16,
     are condensed. Logits are compared over the same tokens: if greedy decoding parts ways, the merged model is made to
     follow the unmerged text. Raises MergeError as `net.generate(merge=form)`.
     """
+    if not isinstance(inputs, Mapping):
+        raise MergeError(
+            f"check_merge: wanted the processor's inputs (a mapping with input_ids), got a {type(inputs).__name__}"
+        )
     if max_new_tokens < 2:
         raise MergeError(
             f"check_merge: wanted max_new_tokens of 2 or more (the first token is prefill), got {max_new_tokens}"

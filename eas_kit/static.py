@@ -24,6 +24,7 @@ from .merging import Merge, check_foldable, fold_linear, merge_target, routes_of
 from .modes import eval_mode
 from .pia import Route
 from .prompt import IGNORE
+from .tasks import check_task
 
 if TYPE_CHECKING:
     from .model import EASModel
@@ -126,6 +127,7 @@ def static_merge(
     `mean_logit_change` and `max_logit_change` (shares of the largest exact logit), `kl` (nats, exact to static) and
     `same_token`. Raises MergeError where linears cannot be rewritten, ConfigError for an empty calibration set.
     """
+    check_task("static_merge", task, split, "collate", *(() if score_on is None else ("evaluate", score_on)))
     net._check_usable("merge")
     check_foldable(net)
     examples = getattr(task, split)

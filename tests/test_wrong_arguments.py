@@ -8,7 +8,7 @@ import pytest
 import toys
 
 import eas_kit as eas
-from eas_kit.errors import ConfigError, PromptError, TaskError, UnsupportedModelError
+from eas_kit.errors import ConfigError, MergeError, PromptError, TaskError, UnsupportedModelError
 from eas_kit.probe import single_site_sweep
 
 
@@ -47,9 +47,15 @@ def test_generate_wants_token_ids(net):
     assert net.generate(prompts["input_ids"], max_new_tokens=1).shape == (3, 12)
 
 
+def test_check_merge_wants_a_mapping(net):
+    with pytest.raises(MergeError, match="wanted the processor's inputs .a mapping with input_ids., got a Tensor"):
+        eas.check_merge(net, toys.make_prompts(images=None)["input_ids"])
+
+
 CALLS = {
     "fit": (eas.fit, ("train", "collate")),
     "search": (eas.search, ("train", "search", "collate")),
+    "static_merge": (eas.static_merge, ("train", "collate", "evaluate", "val")),
     "probe_redundancy": (eas.probe_redundancy, ("score",)),
     "single_site_sweep": (single_site_sweep, ("score",)),
 }
