@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +134,42 @@ class TestExact:
         proof = check_merge(net, inputs, max_new_tokens=4)
         assert proof.dtype == torch.bfloat16
         assert proof.max_rel_diff < proof.tolerance
+
+    def test_half_precision_may_turn_tokens_that_are_nearly_level(self, monkeypatch):
+        net, inputs = trained(make_llama(), (1, 3), images=False), prompt(False)
+        net.base.to(torch.bfloat16)
+        proof = next(
+            proof
+            for seed in range(20)
+            if not (proof := check_merge(net, make_prompts((7,), None, seed=seed), 32)).same_tokens
+        )
+        assert proof.max_rel_diff <= proof.tolerance
+        assert proof
+        assert "merged = unmerged" in str(proof)
+        assert "tokens not all identical (nearly level ones, turned by rounding)" in str(proof)
+        assert not replace(proof, max_rel_diff=0.2)
+        for dtype in (torch.float32, torch.float64):  # control: there it would be a fault
+            assert not replace(proof, dtype=dtype, max_rel_diff=0.0)
+            assert "DIFFERENT" in str(replace(proof, dtype=dtype, max_rel_diff=0.0))
+        monkeypatch.setattr(
+            eas_kit.merging, "fold_linear", lambda linear, factors, gain, shift: fold_linear(linear, factors)
+        )
+        assert not check_merge(net, inputs, 4)
+
+    def test_the_bound_in_float64_is_one_that_generate_can_show(self, monkeypatch):
+        """It hands float32 logits over: a difference of one of their roundings must not fail, more must."""
+        net, inputs = trained(make_llama(), (1, 3), images=False).double(), prompt(False)
+        proof = check_merge(net, inputs, 4)
+        assert proof
+        assert torch.finfo(torch.float32).eps < proof.tolerance < 1e-5
+        whole = fold_linear
+
+        def slip(*args):
+            weight, bias = whole(*args)
+            return weight * (1 + 1e-4), bias
+
+        monkeypatch.setattr(eas_kit.merging, "fold_linear", slip)
+        assert not check_merge(net, inputs, 4)
 
     @pytest.mark.parametrize("paths", [1, 2])
     def test_autocast_lowers_no_folded_weight(self, paths):
@@ -653,8 +690,6 @@ def test_proof_reads_well():
     assert str(proof).startswith("merged = unmerged: mask [0, 2], 13 linears folded, 4 tokens identical, largest logit")
     assert "<table>" in proof._repr_html_()
     assert "merged = unmerged" in proof._repr_html_()
-    from dataclasses import replace
-
     worse = replace(proof, max_rel_diff=1e-3)
     assert not worse
     assert str(worse).startswith("MERGED DIFFERS")
