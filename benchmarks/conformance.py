@@ -117,7 +117,7 @@ def expectations() -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--xml", type=Path, help="read this report instead of running the tests")
-    parser.add_argument("--out", type=Path, help="JSON file (default: only printed)")
+    parser.add_argument("--out", type=Path, help="JSON file, and the table beside it as .md (default: only printed)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         xml, code = args.xml, 0
@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     expected = expectations()
     families = {name: families[name] for name in expected if name in families}
     seconds = sum(cell["seconds"] for cells in families.values() for cell in cells.values())
-    print(table(families, expected))
-    print(f"\n{len(families)} families, {seconds:.0f} s")
+    text = f"{table(families, expected)}\n\n{len(families)} families, {seconds:.0f} s"
+    print(text)
     record = {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(f"# Conformance, family by property\n\n{text}\n", encoding="utf-8")
     return code
 
 

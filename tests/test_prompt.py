@@ -276,7 +276,6 @@ class TestGenerate:
             out = net.generate(**text, past_key_values=cache, merge=merge, max_new_tokens=5, do_sample=False)
             assert torch.equal(out, expected)
 
-
     def test_a_pad_token_inside_a_prompt(self):
         """prefill counts it, generate infers that it pads: said with both counts, and goes on with the same mask."""
         net, ids = make_net(model=make_llama()), torch.tensor([[5, 6, PAD, 7, 8, 9]])
