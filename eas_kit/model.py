@@ -8,8 +8,10 @@ renumbered, and `detach` gives the base model back bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -54,6 +56,29 @@ __all__ = ["EASModel", "attach", "detach", "load"]
 
 
 NOT_SEARCHED = {"made_by": "user", "seed": None}
+
+
+class Turn:
+    """One thread after the other; a copy of the net has a turn of its own, as locks can be neither copied nor saved."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def __reduce__(self) -> tuple:
+        return Turn, ()
+
+
+def in_turn(method: Callable) -> Callable:
+    """A method of EASModel in which other threads wait: what a running forward knows of its prompt is on the net."""
+
+    @wraps(method)
+    def waiting(self: EASModel, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with self._turn.lock:
+            return method(self, *args, **kwargs)
+
+    return waiting
 
 
 class EASModel(nn.Module):
@@ -109,6 +134,7 @@ class EASModel(nn.Module):
             tuple[int, str], MergedLinear
         ] = {}  # by layer_idx and name; allocated once, see MergedLinear
         self._detached = False
+        self._turn = Turn()
         self._checkpointing = False  # switched on through this object
         self._parameter_names = list(inspect.signature(base.forward).parameters)
         self._top_handles: list[Any] = []
@@ -156,8 +182,9 @@ class EASModel(nn.Module):
 
     # ---------------------------------------------------------------------------------------- one forward pass
 
+    @in_turn
     def forward(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base model's forward, with the mask and the adapters in effect.
+        """The base model's forward, with the mask and the adapters in effect. Threads take turns, as in `generate`.
 
         The prompt of each example is what stands before its first label that is not -100, padding excluded; or
         `prompt_mask` (B, S) bool. Raises PromptError in train mode without either, and for an empty prompt. In eval
@@ -231,6 +258,7 @@ class EASModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ generate
 
+    @in_turn
     def generate(self, inputs: Tensor | None = None, *, merge: bool | str = False, **kwargs: Any) -> Any:
         """The base model's generate, on the processor's inputs, with every argument it takes.
 
@@ -287,6 +315,7 @@ class EASModel(nn.Module):
             " once; use net.generate"
         )
 
+    @in_turn
     def prefill(self, **inputs: Any) -> Any:
         """One forward over whole prompts: `.logits` (B, 1, vocab) and `.past_key_values`, ready for `merged`.
 

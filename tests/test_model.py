@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from threading import Thread
 
 import pytest
 import torch
@@ -412,3 +414,51 @@ class TestTraining:
         assert torch.equal(by_name, by_place)
         with pytest.raises(PromptError, match="training needs labels"):
             net.train()(batch["input_ids"], batch["attention_mask"])
+
+
+class TestThreads:
+    """What a forward knows of its prompt is kept on the net, so that a second thread has to wait for its turn."""
+
+    @pytest.mark.parametrize("merge", [False, True])
+    @pytest.mark.parametrize("call", ["generate", "forward", "prefill"])
+    def test_a_second_thread_waits(self, merge, call):
+        net = make_net(model=make_llama())
+        first, second = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[31, 32, 33]])
+
+        def generate(ids):
+            return net.generate(ids, merge=merge, max_new_tokens=5, do_sample=False)
+
+        def other():
+            with torch.no_grad():
+                if call == "generate":
+                    return generate(second)
+                return (net if call == "forward" else net.prefill)(input_ids=second).logits
+
+        expected, other_expected = generate(first), other()
+        seen, threads, calls = [], [], []
+
+        def start(*args):
+            calls.append(args)
+            if len(calls) > merge and not threads:  # in the middle of the prefill, or in a merged decoding step
+                threads.append(Thread(target=lambda: seen.append(other())))
+                threads[0].start()
+                threads[0].join(0.3)  # by far enough to get in between
+
+        place = net.base.lm_head if merge else net.base.model.layers[2].mlp
+        handle = place.register_forward_hook(start)
+        assert torch.equal(generate(first), expected)
+        handle.remove()
+        threads[0].join()
+        assert torch.equal(seen[0], other_expected)
+
+    def test_copies_do_not_wait_for_each_other(self):
+        net = make_net(model=make_llama())
+        other = copy.deepcopy(net)
+        assert other._turn.lock is not net._turn.lock
+        assert pickle.loads(pickle.dumps(net._turn)).lock is not net._turn.lock
+        ids, seen = torch.tensor([[5, 6, 7, 8, 9]]), []
+        with net._turn.lock:
+            thread = Thread(target=lambda: seen.append(other.generate(ids, max_new_tokens=3)))
+            thread.start()
+            thread.join()
+        assert torch.equal(seen[0], net.generate(ids, max_new_tokens=3))
