@@ -172,9 +172,7 @@ def readers(module: nn.Module, table: Readers, *, data: bool = True) -> tuple[st
     `data=False`: for a model that was built without weights, whose linears are plain but hold nothing yet.
     """
     kind = type(getattr(module, "original", module)).__name__
-    names = next(
-        (row for row in table.sets if all(hasattr(module, n) and getattr(module, n) is not None for n in row)), ()
-    )
+    names = next((row for row in table.sets if all(getattr(module, name, None) is not None for name in row)), ())
     unknown = [name for name in _weighty(module) if name not in names and name not in table.others]
     if not names or unknown:
         raise UnsupportedModelError(

@@ -127,6 +127,7 @@ class EASModel(nn.Module):
         self._merge: Merge | None = None
         self._prompt: Tensor | None = None  # (B, S) bool during a prefill or training forward
         self._inside = False  # a forward of the base model is running
+        self._recorders = False  # transformers has put its recorders on the base's own modules
         self._explicit: Tensor | None = None  # prompt_mask of the running net.forward
         self._given: Tensor | None = None  # (b, P) bool mask of the running net.generate
         self._fold_next: str | None = None  # the form in which to merge when the running generate has prefilled
@@ -204,7 +205,8 @@ class EASModel(nn.Module):
 
     def _enter(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         values = {**dict(zip(self._parameter_names, args, strict=False)), **kwargs}
-        if any(values.get(name, getattr(base.config, name, False)) for name in RECORDED):
+        if not self._recorders and any(values.get(name, getattr(base.config, name, False)) for name in RECORDED):
+            self._recorders = True
             install_recorders(base, [(seat.layer, slot) for seat in self._seats for slot in seat.placed])
         if self._merge is not None:
             self._merge.check(find_cache(values))

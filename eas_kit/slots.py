@@ -64,13 +64,11 @@ def install_recorders(model: nn.Module, placed: Iterable[tuple[nn.Module, str]])
     for layer, slot, stand_in in stand_ins:
         layer._modules[slot] = stand_in.original
     try:
-        outermost: list[nn.Module] = []
+        inside: set[nn.Module] = set()  # what an outer module has reached already
         for module in model.modules():
-            inside = any(module is part for outer in outermost for part in outer.modules())
-            if not inside and _records(type(module), output_capturing.__name__):
-                outermost.append(module)
-        for module in outermost:
-            output_capturing.maybe_install_capturing_hooks(module)
+            if module not in inside and _records(type(module), output_capturing.__name__):
+                inside.update(module.modules())
+                output_capturing.maybe_install_capturing_hooks(module)
     finally:
         for layer, slot, stand_in in stand_ins:
             layer._modules[slot] = stand_in
