@@ -6,9 +6,6 @@ which, why and what to do, before anything is generated, and leaves the model as
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,16 @@ import sharded_process
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
-from test_processes import free_port
 from test_prompt import CLOSE, make_net
 from torch import nn
 from toys import LAYERS, make_batch, make_llama, make_prompts, snapshot, stir, text_config
 from transformers import LlamaForCausalLM
+from two_processes import run_two
 
 import eas_kit as eas
 from eas_kit.errors import ConfigError, MergeError, UnsupportedModelError
 from eas_kit.processes import make_accelerator
 
-HERE = Path(__file__).parent
 MASK = (0, 2)
 PROMPT, PROMPTS = make_prompts((7,), None), make_prompts((7, 7, 7), None, seed=1)
 
@@ -280,30 +276,7 @@ def found(tmp_path_factory) -> tuple[Path, list[dict]]:
     """What two processes saw that share one model; see sharded_process.py."""
     folder = tmp_path_factory.mktemp("sharded")
     sharded_process.model().save_pretrained(folder / "base")
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "sharded_process.py"), str(folder), str(rank)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [child.communicate(timeout=120)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-3000:]
+    run_two("sharded_process.py", folder, CUDA_VISIBLE_DEVICES="")
     return folder, [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

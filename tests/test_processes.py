@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import search_process
 import torch
+from two_processes import run_two
 
 from eas_kit.processes import Order, StopOnInterrupt, make_accelerator
 from eas_kit.training import SearchResult
 
-HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
 
 @pytest.mark.slow
 def test_two_processes_search_like_one(tmp_path):
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-    }
-    command = [sys.executable, str(HERE / "search_process.py"), str(tmp_path)]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [child.communicate(timeout=120)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-3000:]
+    run_two("search_process.py", tmp_path, ACCELERATE_USE_CPU="true")
 
     first, second = (SearchResult.load(tmp_path / f"result-{rank}.json") for rank in range(2))
     assert first.history == second.history  # bit for bit: same draws, same losses, same preferences
