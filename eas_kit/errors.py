@@ -27,6 +27,10 @@ class TaskError(EASError, ValueError):
     """A task, a split or an example is not what was asked for."""
 
 
+class DataError(TaskError):
+    """A file of a data set, a record of it or a picture is missing, broken or contradicts itself."""
+
+
 class TrainingError(EASError, RuntimeError):
     """Training or search cannot go on."""
 

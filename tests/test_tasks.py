@@ -298,7 +298,7 @@ def test_options_pick_the_likeliest(processor, model):
 
 
 def test_errors_name_what_exists(processor):
-    with pytest.raises(TaskError, match="choose one of definitions, digits, elements, reading"):
+    with pytest.raises(TaskError, match="choose one of aid, conv.*, vqav2, or give your own as 'module:Class'"):
         load_task("chess", processor)
     with pytest.raises(TaskError, match="there is no 'dev'"):
         load_task("digits", processor).split("dev")
@@ -378,7 +378,7 @@ class TestTextModels:
 
     @pytest.mark.parametrize("name", ["elements", "digits", "reading"])
     def test_pictures_need_a_model_that_reads_them(self, name):
-        with pytest.raises(TaskError, match=f"{name}: .*need a model that reads pictures.*take definitions"):
+        with pytest.raises(TaskError, match=f"{name}: .*needs a model that reads pictures.*take definitions"):
             load_task(name, self.tokenizer())
 
     def test_what_is_no_processor(self, model, processor):

@@ -1,34 +1,40 @@
 """What a task is: examples by data role, the template that turns them into tokens, and how answers are scored.
 
 A new task says how an example reads (``question_text``, ``target_text``) and how an answer is found in generated
-text (``parse``); collating, generation, scoring by teacher forcing and the report are here.
+text (``parse``); collating is here, generation and scores are in evaluation.py.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from transformers import BatchFeature
 
-from eas_kit.errors import TaskError
-from eas_kit.modes import eval_mode
+from eas_kit.errors import DataError, TaskError
+from eas_kit.tasks import evaluation
+from eas_kit.tasks.evaluation import IGNORED
+from eas_kit.tasks.records import Problem
 
 ROLES = ("train", "search", "val", "test")
-IGNORED = -100  # the label of positions that carry no loss
+IMAGE = "<image>"  # where a picture stands in the text of a question, as LLaVA's conversation files have it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One question. ``images`` are PIL pictures; ``categories`` name the columns of the result table it counts in."""
+    """One question. ``images`` are PIL pictures, or open themselves as such when they are asked for.
+
+    ``categories`` name the columns of the result table it counts in; ``references`` are all answers that people gave,
+    where there are several (VQAv2); ``group`` names what belongs together and must not be torn apart between roles (a
+    picture, a sentence); ``history`` are earlier turns of the conversation, (question, answer) each. An empty
+    ``answer`` is one that is not known (a test set whose answers its owner keeps).
+    """
 
     id: str
     question: str
@@ -36,8 +42,11 @@ class Example:
     choices: tuple[str, ...] = ()
     explanation: str = ""
     context: str = ""
-    images: tuple[Any, ...] = ()
-    categories: tuple[str, ...] = field(default=())
+    images: Sequence[Any] = ()
+    categories: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    group: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Generated(Sequence):
@@ -57,13 +66,6 @@ class Generated(Sequence):
         return self._make(i % self._size)
 
 
-@contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Dropout off and no gradients inside; the mode of every module comes back after."""
-    with eval_mode(model), torch.inference_mode():
-        yield
-
-
 def said_answer(text: str) -> str | None:
     """What stands between "The answer is" and the full stop, in lower case; None where there is no such thing."""
     found = re.search(r"The answer is (.+?)(?:\.|$)", text)
@@ -77,6 +79,7 @@ class Task:
         train, search, val, test: sequences of Example over disjoint data; ``train`` tunes adapters, ``search``
             gives the bandit its rewards, ``val`` chooses, ``test`` is touched once.
         template, parser: one line each, copied into every result.
+        seed: of whatever the task draws at random.
     """
 
     name = "task"
@@ -84,15 +87,20 @@ class Task:
     parser = ""
     ends = True  # whether the target closes with the end-of-text token
     pictures = False  # whether the model has to read pictures
-    train: Sequence[Example]
-    search: Sequence[Example]
-    val: Sequence[Example]
-    test: Sequence[Example]
+    seed: int | None = None
+    on_error = "raise"  # what becomes of examples whose pictures cannot be opened: "raise" or "skip"
+    max_new_tokens: int | None = None  # room for a written answer; None: a little more than the longest answer needs
+    train: Sequence[Example] = ()
+    search: Sequence[Example] = ()
+    val: Sequence[Example] = ()
+    test: Sequence[Example] = ()
 
     def __init__(self, processor):
+        """processor: of the model, or its tokenizer if it reads text alone; None where only answers are scored."""
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)  # of a model of text alone they are the same
-        self._check_processor()
+        if processor is not None:
+            self._check_processor()
 
     def _check_processor(self) -> None:
         kind = type(self.processor).__name__
@@ -103,8 +111,8 @@ class Task:
             )
         if self.pictures and not self._reads_pictures:
             raise TaskError(
-                f"{self.name}: elements, digits and reading need a model that reads pictures, and this processor"
-                f" ({kind}) has no part for them; for a model of text take definitions"
+                f"{self.name}: this task needs a model that reads pictures, and this processor ({kind}) has no part"
+                " for them; for a model of text take definitions"
             )
         if self.tokenizer.pad_token_id is None:
             raise TaskError(
@@ -118,73 +126,189 @@ class Task:
 
     def set_splits(self, make: Callable[[str, int], Example], sizes: Mapping[str, int], given: Mapping | None) -> None:
         """The four splits, from `make(role, i)`: with the task's `sizes`, or those that are `given` by role."""
-        unknown = [role for role in given or {} if role not in ROLES]
+        self._check_sizes(given)
+        for role, size in {**sizes, **(given or {})}.items():
+            setattr(self, role, Generated(partial(make, role), size))
+
+    def _check_sizes(self, sizes: Mapping[str, int] | None) -> None:
+        unknown = [role for role in sizes or {} if role not in ROLES]
         if unknown:
             raise TaskError(f"{self.name}: sizes are by split, {', '.join(ROLES)}; there is no {', '.join(unknown)}")
-        for role, size in {**sizes, **(given or {})}.items():
+        for role, size in (sizes or {}).items():
             if not isinstance(size, int) or size < 1:
                 raise TaskError(f"{self.name}: the size of {role} is a whole number from 1 up, not {size!r}")
-            setattr(self, role, Generated(partial(make, role), size))
+
+    def split(self, role: str, limit: int | None = None) -> Sequence[Example]:
+        """The first ``limit`` examples of a role; raises TaskError for a role that does not exist or is empty."""
+        if role not in ROLES:
+            raise TaskError(f"{self.name} has the splits {', '.join(ROLES)}; there is no {role!r}")
+        if limit is not None and limit < 1:
+            raise TaskError(f"{self.name}: limit is a number of examples from 1 up, or None for all; not {limit}")
+        examples = getattr(self, role)
+        if len(examples) == 0:
+            full = [r for r in ROLES if len(getattr(self, r))]
+            raise TaskError(f"{self.name} has no examples for {role}; it has some for {', '.join(full) or 'no split'}")
+        return examples if limit is None else examples[:limit]
 
     # ------------------------------------------------------------------ what a task defines
     def question_text(self, example: Example) -> str:
         """The user's turn, without image tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.question_text(example): the text of the question")
 
     def target_text(self, example: Example) -> tuple[str, str]:
         """What the model should write: the part that is scored, and what follows it (explanation, or "")."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.target_text(example): (scored part, what follows or '')")
 
     def parse(self, text: str, example: Example) -> str | None:
         """The answer found in generated ``text``, or None where there is none."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.parse(text, example): the answer in a text, or None")
+
+    # what it may define as well
+    def grade(self, answer: str | None, example: Example) -> float:
+        """How right a parsed answer is, from 0 to 1; here: the same text, whatever its case."""
+        return float(answer is not None and answer.strip().lower() == example.answer.strip().lower())
+
+    def candidates(self, example: Example) -> Sequence[str]:
+        """The values that ``answer`` can take, for ``evaluate(method="options")``; here: the choices."""
+        return example.choices
+
+    def about(self) -> dict[str, Any]:
+        """What every result says of the data and how they were read."""
+        return {"task": self.name, "template": self.template, "seed": self.seed}
 
     # ------------------------------------------------------------------ text to tensors
     def prompt_text(self, example: Example) -> str:
         """The whole prompt as text, by the processor's chat template, ending where the model's answer starts."""
+        turns = []
+        for number, (question, answer) in enumerate(example.history):
+            turns += [
+                self._turn("user", question, example.images if number == 0 else ()),
+                self._turn("assistant", answer),
+            ]
+        turns.append(self._turn("user", self.question_text(example), () if example.history else example.images))
+        return self._chat(turns, add_generation_prompt=True)
+
+    def _turn(self, role: str, text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+        """One turn; pictures stand where the text has ``<image>``, else in front of it."""
+        if not self._reads_pictures:
+            return {"role": role, "content": text}  # templates of text alone know nothing of parts
+        pieces = [piece.strip() for piece in text.split(IMAGE)] if len(images) and IMAGE in text else None
+        if pieces is None:
+            content = [*({"type": "image"} for _ in range(len(images))), {"type": "text", "text": text}]
+        else:
+            content = []
+            for number, piece in enumerate(pieces):
+                content += [{"type": "image"}] * (number > 0)
+                content += [{"type": "text", "text": piece}] * bool(piece)
+        return {"role": role, "content": content}
+
+    def _chat(self, turns: list[dict[str, Any]], **settings) -> str:
         if getattr(self.processor, "chat_template", None) is None:
             raise TaskError(
                 f"{self.name}: this {type(self.processor).__name__} has no chat template, so it is not known how its"
                 " model wants a question; set its chat_template, take a model tuned for chat, or override prompt_text"
             )
-        content: Any = self.question_text(example)  # templates of text alone know nothing of parts
-        if self._reads_pictures:
-            content = [*({"type": "image"} for _ in example.images), {"type": "text", "text": content}]
-        turns = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return self.processor.apply_chat_template(turns, tokenize=False, **settings)
+
+    @cached_property
+    def lead(self) -> str:
+        """What the chat template writes between the prompt's end and an answer: a blank, mostly, or nothing."""
+        question, mark = self._turn("user", "?"), "?!?"
+        prompt = self._chat([question], add_generation_prompt=True)
+        whole = self._chat([question, self._turn("assistant", mark)])
+        if whole.startswith(prompt) and mark in whole:
+            between = whole[len(prompt) :].partition(mark)[0]
+            if not between.strip():
+                return between
+        return "" if prompt[-1:].isspace() else " "
 
     def _prompts(self, examples: Sequence[Example]) -> BatchFeature:
+        if self.processor is None:
+            raise TaskError(
+                f"{self.name} was loaded without a processor, to score answers only; load it with the model's"
+            )
         texts = [self.prompt_text(e) for e in examples]
-        flat = [i for e in examples for i in e.images]
+        images = [list(e.images) for e in examples]
         bos = self.tokenizer.bos_token
         written = bool(bos) and texts[0].startswith(bos)  # the template wrote it: do not add a second one
-        if flat and not self._reads_pictures:
+        if any(images) and not self._reads_pictures:
             raise TaskError(f"{self.name}: examples with pictures need a processor that reads them")
+        self._check_marks(examples, texts)
         return self.processor(
             text=texts,
-            **({"images": flat or None} if self._reads_pictures else {}),
+            # one list an example: some processors (Gemma 3) have to know whose picture it is
+            **({"images": images if any(images) else None} if self._reads_pictures else {}),
             padding=True,
             padding_side="left",
             add_special_tokens=not written,
             return_tensors="pt",
         )
 
+    def _check_marks(self, examples: Sequence[Example], texts: Sequence[str]) -> None:
+        """A text that happens to hold the model's mark of a picture would be read as one more picture."""
+        mark = getattr(self.processor, "image_token", None)
+        if not mark:
+            return
+        for example, text in zip(examples, texts, strict=True):
+            if text.count(mark) > len(example.images):
+                raise DataError(
+                    f"{self.name}: the text of example {example.id} holds {mark!r}, with which this model marks a"
+                    f" picture, {text.count(mark)} times for {len(example.images)} pictures; take it out of the text"
+                )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def target_ids(self, example: Example) -> tuple[list[int], int]:
-        """Token ids of the whole target, and how many of them are the scored part."""
+        """Token ids of the whole target, and how many of them are the scored part.
+
+        They are the ids that the target has behind its prompt, which is not always what a tokenizer makes of it alone
+        (SentencePiece puts a blank of its own in front).
+        """
         scored, rest = self.target_text(example)
-        first = self.tokenizer(scored, add_special_tokens=False)["input_ids"]
-        then = self.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+        if not scored.strip():
+            raise TaskError(f"{self.name}: example {example.id} has no answer to be trained on or scored by")
+        scored = self.lead + scored.lstrip(" ")
+        anchor = self.prompt_text(example)[-1:]
+        before, first, whole = (self._ids(anchor + text) for text in ("", scored, scored + rest))
+        if first[: len(before)] != before or whole[: len(first)] != first:  # they grow together with what is before
+            before, first = [], self._ids(scored)
+            whole = [*first, *(self._ids(rest) if rest else [])]
         end = [self.tokenizer.eos_token_id] if self.ends else []
-        return [*first, *then, *end], len(first)
+        return [*whole[len(before) :], *end], len(first) - len(before)
+
+    def opened(self, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
+        """The examples with their pictures in memory, and those left out since a picture could not be opened.
+
+        Raises DataError at the first such, unless the task was loaded with on_error="skip".
+        """
+        found, problems = [], []
+        for example in examples:
+            try:
+                found.append(replace(example, images=tuple(example.images)))
+            except DataError as error:
+                if self.on_error != "skip":
+                    raise DataError(
+                        f"{self.name}: {error}. Mend it, or load the task with on_error='skip', which leaves such"
+                        " examples out and counts them"
+                    ) from None
+                problems.append(Problem("pictures", example.id, str(error)))
+        return found, problems
 
     def collate(self, examples: Sequence[Example], answers: bool = True) -> BatchFeature:
         """Examples to one batch; pictures only of those that have some.
 
         With ``answers``: ``input_ids``, ``attention_mask``, ``labels`` (B, S), right padded, labels -100 on the prompt
-        and on padding. Without: prompts alone, left padded, no labels, as ``generate`` wants them.
+        and on padding. Without: prompts alone, left padded, no labels, as ``generate`` wants them. Examples whose
+        pictures cannot be opened are an error, or left out (``on_error="skip"``), so that B can be smaller.
         """
         if len(examples) == 0:
             raise TaskError(f"{self.name}: a batch needs at least one example, got none")
+        examples, problems = self.opened(examples)
+        if not examples:
+            raise DataError(
+                f"{self.name}: no example of this batch has pictures that can be opened; the first: {problems[0]}"
+            )
         batch = self._prompts(examples)
         if not answers:
             return batch
@@ -211,45 +335,16 @@ class Task:
         return batch
 
     # ------------------------------------------------------------------ scores
-    def split(self, role: str, limit: int | None = None) -> Sequence[Example]:
-        """The first ``limit`` examples of a role; raises TaskError for a role that does not exist."""
-        if role not in ROLES:
-            raise TaskError(f"{self.name} has the splits {', '.join(ROLES)}; there is no {role!r}")
-        if limit is not None and limit < 1:
-            raise TaskError(f"{self.name}: limit is a number of examples from 1 up, or None for all; not {limit}")
-        examples = getattr(self, role)
-        return examples if limit is None else examples[:limit]
-
-    def score(self, model, split: str = "val", limit: int | None = None, batch_size: int = 64) -> dict[str, Any]:
+    def score(
+        self, model, split: str = "val", limit: int | None = None, batch_size: int = 64, workers: int = 0
+    ) -> dict[str, Any]:
         """Loss and accuracy by teacher forcing: one forward a batch, nothing generated.
 
         ``loss`` is the mean over all target tokens, ``token_accuracy`` the share of them that are the most likely
         token. For ``accuracy`` an example counts as right where the most likely token is the
         target's at every position of the scored part: just then greedy generation writes that part.
         """
-        examples = self.split(split, limit)
-        device = next(model.parameters()).device
-        total, tokens, right, hits = 0.0, 0, 0, 0
-        with evaluating(model):
-            for start in range(0, len(examples), batch_size):
-                part = examples[start : start + batch_size]
-                batch = self.collate(part).to(device)
-                logits = model(**batch).logits[:, :-1].float()  # (B, S - 1, vocabulary)
-                labels = batch["labels"][:, 1:]
-                counted = labels != IGNORED
-                total += cross_entropy(logits[counted], labels[counted], reduction="sum").item()
-                tokens += int(counted.sum())
-                hit = (logits.argmax(-1) == labels) | ~counted
-                hits += int((hit & counted).sum())
-                order = counted.cumsum(1)  # 1 at the first target token
-                scored = torch.tensor([self.target_ids(e)[1] for e in part], device=device)
-                right += int((hit | (order > scored[:, None])).all(1).sum())
-        return {
-            "loss": total / tokens,
-            "accuracy": right / len(examples),
-            "token_accuracy": hits / tokens,
-            "count": len(examples),
-        }
+        return evaluation.score(self, model, split, limit, batch_size, workers)
 
     def evaluate(
         self,
@@ -259,95 +354,57 @@ class Task:
         batch_size: int = 64,
         method: str = "generate",
         progress: bool = False,
+        predictions: str | os.PathLike | None = None,
+        workers: int = 0,
+        with_loss: bool = True,
+        generation: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Accuracy in all columns, with everything needed to read it.
 
         Args:
             method: "generate" writes greedily and parses the text; "options" takes the option that the model finds
                 most likely a token (for examples with choices; no parsing, so it also serves an untuned model).
+            predictions: a file (.jsonl) that gets a line an example as soon as it is answered. If it is there already,
+                made with the same settings, what it holds is not computed again.
+            workers: processes that open pictures and make batches ahead of the model; 0 does so in between.
+            with_loss: also the loss of the wanted answers, one more forward a batch.
+            generation: for ``model.generate``, beside greedy decoding, e.g. ``{"merge": "low_rank"}``.
 
         Returns:
-            ``accuracy``, ``loss``, ``count``, ``split``, ``template``, ``parser``, ``method``, ``unparsed``,
-            ``seconds``, ``columns`` (accuracy by category) and ``column_counts``.
+            ``accuracy`` (None where the split's answers are not known), ``loss``, ``count``, ``split``, ``template``,
+            ``parser``, ``method``, ``seed``, ``unparsed`` (how many), ``unparsed_examples`` (the first of their texts),
+            ``skipped`` (examples left out for their pictures), ``seconds``, ``columns`` (accuracy by category) and
+            ``column_counts``; for real data also where they come from.
         """
-        if method not in ("generate", "options"):
-            raise TaskError(f"method is 'generate' or 'options', not {method!r}")
-        examples = self.split(split, limit)
-        began = time.perf_counter()
-        answers: list[str | None] = [None] * len(examples)
-        # the same room for every example, whatever batch it falls into: the longest target of the split and some more
-        room = max(self.target_ids(e)[1] for e in examples) + 4
-        # by length, so that a batch holds little padding
-        order = sorted(range(len(examples)), key=lambda i: len(self.question_text(examples[i])))
-        # every option is a row of its own
-        at_once = batch_size if method == "generate" else batch_size // max(1, *(len(e.choices) for e in examples))
-        at_once = max(1, at_once)
-        starts = range(0, len(order), at_once)
-        if progress:
-            from tqdm.auto import tqdm
+        settings = evaluation.Settings(method, batch_size, workers, with_loss, progress, dict(generation or {}))
+        return evaluation.evaluate(self, model, split, limit, settings, predictions)
 
-            starts = tqdm(starts, desc=f"{self.name} {split}", leave=False)
-        with evaluating(model):
-            for start in starts:
-                numbers = order[start : start + at_once]
-                batch = [examples[i] for i in numbers]
-                found = self._generated(model, batch, room) if method == "generate" else self._by_option(model, batch)
-                for i, answer in zip(numbers, found, strict=True):
-                    answers[i] = answer
-        right = [
-            a is not None and a.strip().lower() == e.answer.lower() for a, e in zip(answers, examples, strict=True)
-        ]
-        columns: dict[str, list[bool]] = defaultdict(list)
-        for ok, example in zip(right, examples, strict=True):
-            for category in example.categories:
-                columns[category].append(ok)
-        scored = self.score(model, split, limit, batch_size)
-        return {
-            "accuracy": sum(right) / len(examples),
-            "loss": scored["loss"],
-            "count": len(examples),
-            "split": split,
-            "template": self.template,
-            "parser": self.parser if method == "generate" else "most likely option per token",
-            "method": method,
-            "unparsed": sum(a is None for a in answers),
-            "seconds": time.perf_counter() - began,
-            "columns": {c: sum(v) / len(v) for c, v in sorted(columns.items())},
-            "column_counts": {c: len(v) for c, v in sorted(columns.items())},
-        }
+    def score_predictions(
+        self, predictions: str | os.PathLike, split: str = "val", limit: int | None = None
+    ) -> dict[str, Any]:
+        """The result of ``evaluate`` from its predictions file, without a model; texts are parsed anew.
+
+        Any file of lines ``{"id": ..., "text": ...}`` (or with "answer", already parsed) will do.
+
+        Raises:
+            DataError: for a line that is broken, an id that the split does not have, or one that is missing.
+        """
+        return evaluation.score_predictions(self, predictions, split, limit)
+
+    def summarise(self, grades: Sequence[float], examples: Sequence[Example]) -> dict[str, Any]:
+        """More numbers for the result, from the grades of all examples; here: none."""
+        return {}
 
     def answers(self, model, examples: Sequence[Example]) -> list[str | None]:
         """The model's own words on one batch of examples, greedily written and parsed."""
-        with evaluating(model):
-            return self._generated(model, examples, max(self.target_ids(e)[1] for e in examples) + 4)
+        return evaluation.answers(self, model, examples)
 
-    def _generated(self, model, examples: Sequence[Example], room: int) -> list[str | None]:
-        device = next(model.parameters()).device
-        inputs = self.collate(examples, answers=False).to(device)
-        written = model.generate(
-            **inputs, max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=self.tokenizer.pad_token_id
-        )
-        new = written[:, inputs["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [self.parse(text, example) for text, example in zip(texts, examples, strict=True)]
+    def to_hf(self, split: str | None = None):
+        """The examples of a split, or of all, as a ``datasets.Dataset``; pictures stay files until they are read.
 
-    def _by_option(self, model, examples: Sequence[Example]) -> list[str | None]:
-        device = next(model.parameters()).device
-        trial = [(i, c) for i, e in enumerate(examples) for c in e.choices]
-        missing = [e.id for e in examples if not e.choices]
-        if missing:
-            raise TaskError(f"{self.name}: example {missing[0]} has no options; use method='generate'")
-        variants = [replace(examples[i], answer=c, explanation="") for i, c in trial]
-        batch = self.collate(variants).to(device)
-        logits = model(**batch).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:]
-        counted = labels != IGNORED
-        within = counted.cumsum(1)
-        scored = torch.tensor([self.target_ids(v)[1] for v in variants], device=device)
-        counted &= within <= scored[:, None]
-        each = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED) * counted
-        mean = (each.sum(1) / counted.sum(1)).tolist()
-        best: list[tuple[float, str]] = [(float("inf"), "")] * len(examples)
-        for (i, choice), value in zip(trial, mean, strict=True):
-            best[i] = min(best[i], (value, choice))
-        return [choice for _, choice in best]
+        Columns: role, id, question, answer, choices, explanation, context, categories, references, group, prompt
+        (``question_text``), target (``target_text``), images (a list of ``datasets.Image``).
+        """
+        from eas_kit.tasks.bridges import to_hf
+
+        return to_hf(self, ROLES if split is None else (split,))

@@ -23,6 +23,7 @@ class Definitions(Task):
 
     name = "definitions"
     template = "word: definition"
+    lead = " "  # the prompt is no chat
     parser = "none: share of target tokens that are the most likely one"
 
     def __init__(self, processor, sizes: dict[str, int] | None = None):

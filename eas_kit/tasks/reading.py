@@ -24,6 +24,7 @@ class Reading(Task):
     name = "reading"
     pictures = True
     template = "[picture] beginning of a statement -> its end"
+    lead = " "  # the prompt is no chat
     parser = "the text before the full stop"
     ends = False  # in pretraining more statements may follow
 

@@ -1,0 +1,337 @@
+"""What the real data sets share: owners' files or a hub copy in, four roles of checked examples out."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from eas_kit.errors import DataError, TaskError
+from eas_kit.tasks.base import ROLES, Example, Task
+from eas_kit.tasks.pictures import PictureCell, PictureFile, Pictures
+from eas_kit.tasks.records import Intake, Problem
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a data set. ``published``: records by owner's split, as their owners count them."""
+
+    title: str
+    page: str  # where its owners give it away
+    licence: str
+    hub: str | None  # the hub copy that hub=True reads
+    published: Mapping[str, int]
+
+
+class DataSetTask(Task):
+    """Base of the tasks on data that others own.
+
+    Args:
+        processor: of the model, as ``eas.load_model`` returns it; None where only answers are scored.
+        data_dir: the folder with the owner's files, laid out as on the data set's page under data/.
+        hub: True reads the hub copy named on that page instead, through ``datasets``; a text names another one, or a
+            folder, of the same columns.
+        sizes: at most so many examples by role, e.g. ``{"test": 200}``: drawn at random by ``seed``, in file order.
+        seed: of every random choice: which examples are held out, and of ``sizes``.
+        held_out: shares of the owner's training split that become "search" and, where the owner has no validation
+            split, "val"; by whole groups, so that no picture is in two roles. Default 0.05 each; 0 leaves a role empty.
+        on_error: "raise" stops at the first faulty record, "skip" leaves such records out: ``skipped`` has them.
+        image_dir: the folder that records name their pictures in, where it is not one of the usual places.
+        check_images: whether it is looked up for every picture, at once, that its file exists.
+
+    Attributes:
+        train, search, val, test: lists of Example; a role that the data set has nothing for is empty.
+        sources: by role, which of the owner's splits it is or was held out of.
+        skipped: list of Problem, the records left out so far.
+
+    Raises:
+        DataError: for missing or broken files and records, by name.
+    """
+
+    card: ClassVar[Card]
+    roles: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}  # to the owner's splits
+    can_hold_out: ClassVar[Sequence[str]] = ("search", "val")  # roles taken from train where the owner has no split
+    image_dirs: ClassVar[Sequence[str]] = ("images", ".")  # usual places of pictures in data_dir
+
+    def __init__(
+        self,
+        processor,
+        data_dir: str | os.PathLike | None = None,
+        hub: bool | str = False,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        seed: int = 0,
+        held_out: Mapping[str, float] | None = None,
+        on_error: str = "raise",
+        image_dir: str | os.PathLike | None = None,
+        check_images: bool = True,
+    ):
+        super().__init__(processor)
+        if (data_dir is None) == (not hub):
+            raise TaskError(
+                f"{self.name}: give either data_dir='the folder with the data', or hub=True for a hub copy;"
+                f" {self._where_to_get_it()}"
+            )
+        self._intake, self.on_error = Intake(self.name, on_error), on_error
+        self.seed, self.check_images = seed, check_images
+        self.image_dir = None if image_dir is None else Path(image_dir).expanduser()
+        self._held_out = self._checked_shares(held_out)
+        if hub:
+            self.folder, self.hub = None, (self._hub_name() if hub is True else str(hub))
+            found = self.read_hub()
+        else:
+            self.folder, self.hub = self._checked_folder(data_dir), None
+            found = self.read_folder()
+        found = {split: self._without_duplicates(split, examples) for split, examples in found.items()}
+        self.owner_counts = {split: len(examples) for split, examples in found.items()}
+        self._deal(found)
+        self._check_pictures()
+        self._cut(sizes)
+
+    # ------------------------------------------------------------------ what a data set defines
+    def read_folder(self) -> dict[str, list[Example]]:
+        """Examples by the owner's split, from ``self.folder``."""
+        raise TaskError(f"{self.name}: cannot be read from a folder; use hub=True")
+
+    def read_hub(self) -> dict[str, list[Example]]:
+        """Examples by the owner's split, from ``self.hub_rows(split)``."""
+        raise TaskError(f"{self.name}: no hub copy can be read; give data_dir. {self._where_to_get_it()}")
+
+    # ------------------------------------------------------------------ tools for them
+    @property
+    def skipped(self) -> list[Problem]:
+        return self._intake.problems
+
+    def reading(self, file: str | Path, record: Any):
+        """Around the reading of one record: a DataError inside is raised with its name, or the record is left out."""
+        return self._intake.record(Path(file).name, record)
+
+    def file(self, *names: str) -> Path:
+        """The first of the files that the folder has, also one folder further down; DataError else."""
+        for name in names:
+            for place in (self.folder / name, *sorted(self.folder.glob(f"*/{name}"))):
+                if place.is_file():
+                    return place
+        there = sorted(p.name + "/" * p.is_dir() for p in self.folder.iterdir())
+        shown = ", ".join(there[:8]) + (" ..." if len(there) > 8 else "") if there else "nothing"
+        raise DataError(
+            f"{self.name}: wanted {' or '.join(names)} in {self.folder}, which holds {shown}. {self._where_to_get_it()}"
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether ``file(name)`` finds one."""
+        return (self.folder / name).is_file() or any(self.folder.glob(f"*/{name}"))
+
+    @cached_property
+    def image_root(self) -> Path:
+        """Where the records' picture names start: ``image_dir``, or the first of the usual places that exists."""
+        if self.image_dir is not None:
+            if not self.image_dir.is_dir():
+                raise DataError(f"{self.name}: image_dir {self.image_dir} is not a folder")
+            return self.image_dir
+        return next(p for name in (*self.image_dirs, ".") if (p := self.folder / name).is_dir())
+
+    def picture(self, record: str, *places: str, root: Path | None = None) -> PictureFile:
+        """The picture at the first of `places` (relative to the root) that exists; DataError if none does."""
+        root = root or self.image_root
+        found = [PictureFile(str(root), place, record) for place in places]  # refuses those that lead out
+        if not self.check_images:
+            return found[0]
+        for one in found:
+            if os.path.isfile(one.path):
+                return one
+        raise DataError(
+            f"the picture {' or '.join(one.path for one in found)} does not exist; are all pictures unpacked, or do"
+            " they lie elsewhere (image_dir)?"
+        )
+
+    def hub_rows(self, *splits: str, columns: Sequence[str] = ()) -> Any:
+        """The ``datasets.Dataset`` of the first of `splits` that the copy has, pictures not decoded."""
+        import datasets
+
+        try:
+            copy = datasets.load_dataset(self.hub)
+        except Exception as error:  # of many libraries: not found, gated, offline, no data in it
+            raise DataError(
+                f"{self.name}: the hub copy {self.hub!r} cannot be loaded: {type(error).__name__}: {error}. Check the"
+                f" name and the network, or give data_dir. {self._where_to_get_it()}"
+            ) from error
+        split = next((s for s in splits if s in copy), None)
+        if split is None:
+            raise DataError(
+                f"{self.name}: the copy {self.hub!r} has no split {' or '.join(splits)}, but {', '.join(copy)}"
+            )
+        rows = copy[split]
+        missing = [c for c in columns if c not in rows.column_names]
+        if missing:
+            raise DataError(
+                f"{self.name}: split {split} of {self.hub!r} has no column {', '.join(missing)}; it has"
+                f" {', '.join(rows.column_names)}"
+            )
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+        return rows
+
+    def hub_records(self, rows: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows with their numbers, without the bytes of their pictures."""
+        import datasets
+
+        texts = rows.select_columns([c for c, f in rows.features.items() if not isinstance(f, datasets.Image)])
+        return enumerate(texts)
+
+    def hub_archive(self, name: str) -> Path:
+        """The folder that an archive of the hub copy was unpacked to, once, beside it in the cache."""
+        if (Path(self.hub) / name).is_file():
+            archive = Path(self.hub) / name
+        else:
+            from huggingface_hub import hf_hub_download
+
+            try:
+                archive = Path(hf_hub_download(self.hub, name, repo_type="dataset"))
+            except Exception as error:
+                raise DataError(
+                    f"{self.name}: {name} of {self.hub!r} cannot be loaded: {error}; give image_dir"
+                ) from error
+        import datasets
+
+        # the library refuses members that lead out of the folder, and unpacks every archive once
+        return Path(datasets.DownloadManager().extract(str(archive)))
+
+    @staticmethod
+    def hub_pictures(rows: Any, column: str) -> list[bool]:
+        """Which rows have a picture, by their bytes' or path's presence alone."""
+        import pyarrow.compute as pc
+
+        found: list[bool] = []
+        for chunk in rows.data.column(column).chunks:
+            holds = pc.or_(pc.is_valid(chunk.field("bytes")), pc.is_valid(chunk.field("path")))
+            found += pc.and_(pc.is_valid(chunk), holds).to_pylist()
+        return found
+
+    @staticmethod
+    def hub_picture(rows: Any, row: int, column: str, record: str) -> Pictures:
+        return Pictures(PictureCell(rows, row, column, record))
+
+    # ------------------------------------------------------------------ from splits to roles
+    def _deal(self, found: dict[str, list[Example]]) -> None:
+        self.sources: dict[str, str] = {}
+        for role in ROLES:
+            setattr(self, role, [])
+        for role, split in self.roles.items():
+            if split in found:
+                setattr(self, role, found[split])
+                self.sources[role] = split
+        if not self.train:
+            return
+        rest = self.train
+        for role in self.can_hold_out:
+            if role in self.sources:
+                continue
+            share = self._held_out[role]
+            taken, rest = hold_out(rest, share * len(self.train), random.Random(f"{self.seed} {role}"))
+            setattr(self, role, taken)
+            self.sources[role] = f"held out of {self.sources['train']} (share {share:g}, seed {self.seed})"
+        if len(rest) < len(self.train):
+            self.train = rest
+            self.sources["train"] += ", what is left"
+
+    def _cut(self, sizes: Mapping[str, int] | None) -> None:
+        self._check_sizes(sizes)
+        for role, size in (sizes or {}).items():
+            examples = getattr(self, role)
+            if size < len(examples):
+                setattr(self, role, self._drawn(role, examples, size))
+                self.sources[role] += f", {size} of {len(examples)} (seed {self.seed})"
+
+    def _drawn(self, role: str, examples: Sequence[Example], size: int) -> list[Example]:
+        """So many at random, in file order: owners sort their files by class or picture. Those of 10 are among 20."""
+        order = random.Random(f"{self.seed} {role} {len(examples)}").sample(range(len(examples)), len(examples))
+        return [examples[i] for i in sorted(order[:size])]
+
+    def split(self, role: str, limit: int | None = None) -> Sequence[Example]:
+        """``limit`` examples of a role drawn by ``seed``, or all; TaskError for a role that is unknown or empty."""
+        super().split(role, limit)
+        examples = getattr(self, role)
+        return examples if limit is None or limit >= len(examples) else self._drawn(role, examples, limit)
+
+    def _checked_shares(self, given: Mapping[str, float] | None) -> dict[str, float]:
+        shares = dict.fromkeys(self.can_hold_out, 0.05) | dict(given or {})
+        wrong = [role for role in shares if role not in self.can_hold_out]
+        if wrong:
+            known = " and ".join(self.can_hold_out)
+            raise TaskError(f"{self.name}: held_out has shares for {known}; there is no {', '.join(wrong)}")
+        for role, share in shares.items():
+            if not isinstance(share, int | float) or not 0 <= share < 0.5:
+                raise TaskError(f"{self.name}: the share held out for {role} is from 0 to below 0.5, not {share!r}")
+        return shares
+
+    def _without_duplicates(self, split: str, examples: Iterable[Example]) -> list[Example]:
+        seen: set[str] = set()
+        kept = []
+        for example in examples:
+            if example.id in seen:
+                self._intake.note(Problem(f"split {split}", example.id, "this id occurs twice"))
+                continue
+            seen.add(example.id)
+            kept.append(example)
+        return kept
+
+    # ------------------------------------------------------------------ checks
+    def _check_pictures(self) -> None:
+        if self.processor is None or self._reads_pictures:
+            return
+        seeing = next((e for role in ROLES for e in getattr(self, role) if e.images), None)
+        if seeing is not None:
+            raise TaskError(
+                f"{self.name}: example {seeing.id} has a picture, and this processor"
+                f" ({type(self.processor).__name__}) has no part for them; take a model that reads pictures"
+            )
+
+    def _checked_folder(self, data_dir: Any) -> Path:
+        folder = Path(data_dir).expanduser()
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise DataError(f"{self.name}: data_dir {folder} {what}; wanted a folder. {self._where_to_get_it()}")
+        return folder
+
+    def _hub_name(self) -> str:
+        if self.card.hub is None:
+            raise TaskError(f"{self.name}: no hub copy is known; give hub='owner/name', or data_dir")
+        return self.card.hub
+
+    def _where_to_get_it(self) -> str:
+        return f"data/{self.name}.md says which files, in which folders ({self.card.page})"
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {
+            "data": f"hub copy {self.hub}" if self.hub else "owner's files",
+            "sources": dict(self.sources),
+            "skipped_on_loading": len(self.skipped),
+        }
+
+
+def hold_out(examples: Sequence[Example], wanted: float, rng: random.Random) -> tuple[list[Example], list[Example]]:
+    """(held out, rest): whole groups drawn at random until ``wanted`` examples are reached; one group at least stays.
+
+    An example without a group is a group of its own.
+    """
+    size: dict[str, int] = {}
+    for example in examples:
+        key = example.group or f"example {example.id}"
+        size[key] = size.get(key, 0) + 1
+    order = list(size)
+    rng.shuffle(order)
+    taken: set[str] = set()
+    count = 0
+    for key in order[:-1]:
+        if count >= wanted:
+            break
+        taken.add(key)
+        count += size[key]
+    held = [e for e in examples if (e.group or f"example {e.id}") in taken]
+    return held, [e for e in examples if (e.group or f"example {e.id}") not in taken]

@@ -1,0 +1,289 @@
+"""Scores of a model on a task: by teacher forcing, by what it writes, and by what it wrote earlier."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+
+from eas_kit.errors import DataError, TaskError
+from eas_kit.modes import eval_mode
+from eas_kit.tasks.metrics import by_category
+from eas_kit.tasks.predictions import Prediction, PredictionsFile, read_predictions
+
+IGNORED = -100  # the label of positions that carry no loss
+SHOWN = 5  # texts of unparsed answers in a result
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are got from a model."""
+
+    method: str = "generate"
+    batch_size: int = 64
+    workers: int = 0
+    with_loss: bool = True
+    progress: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.method not in ("generate", "options"):
+            raise TaskError(f"method is 'generate' or 'options', not {self.method!r}")
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise TaskError(f"{name} is a whole number from {least} up, not {value!r}")
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Dropout off and no gradients inside; the mode of every module comes back after."""
+    with eval_mode(model), torch.inference_mode():
+        yield
+
+
+# ---------------------------------------------------------------------- batches
+class _Batches(Dataset):
+    """Item i: (examples with their pictures open, problems with others, the collated batch) of the i-th batch.
+
+    answers: with the wanted answers, prompts alone, or (None) nothing collated.
+    """
+
+    def __init__(self, task, examples: Sequence, batches: list[list[int]], answers: bool | None):
+        self.task, self.examples, self.batches, self.answers = task, examples, batches, answers
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int):
+        opened, problems = self.task.opened([self.examples[n] for n in self.batches[i]])
+        collated = opened and self.answers is not None
+        return opened, problems, dict(self.task.collate(opened, answers=self.answers)) if collated else {}
+
+
+def _batches(
+    task, examples: Sequence, numbers: Iterable[int], at_once: int, answers: bool | None, workers: int, title: str = ""
+):
+    """Batches of examples of like length, so that they hold little padding; the longest first: memory fails early."""
+
+    def length(i: int) -> tuple[int, int]:
+        text = len(task.question_text(examples[i]))
+        return len(examples[i].images), text + (sum(map(len, task.target_text(examples[i]))) if answers else 0)
+
+    order = sorted(numbers, key=length, reverse=True)
+    parts = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    loader = DataLoader(_Batches(task, examples, parts, answers), batch_size=None, num_workers=workers)
+    if not title:
+        return loader
+    from tqdm.auto import tqdm
+
+    return tqdm(loader, desc=title, leave=False)
+
+
+# ---------------------------------------------------------------------- teacher forcing
+def _forced(task, model, examples: Sequence, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 3) by example: sum of losses in nats, count of target tokens, count of those hit; and (B,) bool, right."""
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    logits = model(**batch).logits[:, :-1].float()  # (B, S - 1, vocabulary)
+    labels = batch["labels"][:, 1:]
+    counted = labels != IGNORED
+    hit = (logits.argmax(-1) == labels) | ~counted
+    scored = torch.tensor([task.target_ids(e)[1] for e in examples], device=device)
+    right = (hit | (counted.cumsum(1) > scored[:, None])).all(1)  # 1 at the first target token
+    each = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    sums = torch.stack([each.double().sum(1), counted.sum(1).double(), (hit & counted).sum(1).double()], 1)
+    return sums, right
+
+
+def score(task, model, split: str, limit: int | None, batch_size: int, workers: int = 0) -> dict[str, Any]:
+    """See ``Task.score``."""
+    Settings(batch_size=batch_size, workers=workers)
+    examples = task.split(split, limit)
+    total, right, count, problems = torch.zeros(3, dtype=torch.float64), 0, 0, []
+    with evaluating(model):
+        for opened, faulty, batch in _batches(task, examples, range(len(examples)), batch_size, True, workers):
+            problems += faulty
+            if not opened:
+                continue
+            sums, rights = _forced(task, model, opened, batch)
+            total += sums.sum(0).cpu()
+            right += int(rights.sum())
+            count += len(opened)
+    if count == 0:
+        _nothing_left(task, split, problems[0].problem)
+    loss, tokens, hits = total.tolist()
+    return {"loss": loss / tokens, "accuracy": right / count, "token_accuracy": hits / tokens, "count": count}
+
+
+def _nothing_left(task, split: str, first: str):
+    raise DataError(f"{task.name}: no example of {split} has pictures that can be opened; the first: {first}")
+
+
+# ---------------------------------------------------------------------- answers
+def room(task, examples: Sequence) -> int:
+    """New tokens for a written answer: the same for every example, whatever batch it falls into."""
+    if task.max_new_tokens is not None:
+        return task.max_new_tokens
+    known = [e for e in examples if e.answer]
+    return max((task.target_ids(e)[1] for e in known), default=12) + 4
+
+
+def _written(task, model, examples: Sequence, inputs, new_tokens: int, generation: dict[str, Any]) -> list[str]:
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    greedy = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
+    greedy["pad_token_id"] = task.tokenizer.pad_token_id
+    written = model.generate(**inputs, **(greedy | generation))
+    return task.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def answers(task, model, examples: Sequence) -> list[str | None]:
+    """See ``Task.answers``."""
+    with evaluating(model):
+        inputs = task.collate(examples, answers=False)
+        texts = _written(task, model, examples, inputs, room(task, examples), {})
+    return [task.parse(text, example) for text, example in zip(texts, examples, strict=True)]
+
+
+def _by_option(task, model, examples: Sequence) -> list[str]:
+    missing = [e.id for e in examples if not task.candidates(e)]
+    if missing:
+        raise TaskError(f"{task.name}: example {missing[0]} has no options; use method='generate'")
+    trial = [(i, c) for i, e in enumerate(examples) for c in task.candidates(e)]
+    variants = [replace(examples[i], answer=c, explanation="") for i, c in trial]
+    device = next(model.parameters()).device
+    batch = task.collate(variants).to(device)
+    logits = model(**batch).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    counted = labels != IGNORED
+    scored = torch.tensor([task.target_ids(v)[1] for v in variants], device=device)
+    counted &= counted.cumsum(1) <= scored[:, None]
+    each = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED) * counted
+    mean = (each.sum(1) / counted.sum(1)).tolist()
+    best: list[tuple[float, str]] = [(float("inf"), "")] * len(examples)
+    for (i, choice), value in zip(trial, mean, strict=True):
+        best[i] = min(best[i], (value, choice))
+    return [choice for _, choice in best]
+
+
+def evaluate(
+    task, model, split: str, limit: int | None, settings: Settings, path: str | Path | None = None
+) -> dict[str, Any]:
+    """See ``Task.evaluate``."""
+    examples = task.split(split, limit)
+    began = time.perf_counter()
+    with_loss = settings.with_loss and all(e.answer for e in examples)
+    new_tokens = room(task, examples) if settings.method == "generate" else 0
+    made_by = {
+        "split": split,
+        "method": settings.method,
+        "max_new_tokens": new_tokens,
+        "generation": settings.generation,
+        "with_loss": with_loss,
+        "model": _describe(model),
+    }
+    file = None if path is None else PredictionsFile(path, task.about() | made_by, known={e.id for e in examples})
+    found: dict[str, Prediction] = {} if file is None else dict(file.done)
+    todo = [i for i, e in enumerate(examples) if e.id not in found]
+    at_once = settings.batch_size
+    if settings.method == "options":  # every option is a row of its own
+        at_once = max(1, at_once // max(1, *(len(task.candidates(e)) for e in examples)))
+    title = f"{task.name} {split}" if settings.progress else ""
+    prompts = False if settings.method == "generate" else None
+    with evaluating(model):
+        for opened, faulty, batch in _batches(task, examples, todo, at_once, prompts, settings.workers, title):
+            made = [Prediction(p.record, None, None, problem=p.problem) for p in faulty]
+            if opened:
+                made += _predict(task, model, opened, batch, settings, new_tokens, with_loss)
+            found.update((p.id, p) for p in made)
+            if file is not None:
+                file.write(made)
+    result = _result(task, split, examples, found, settings.method)
+    return result | {"seconds": time.perf_counter() - began}
+
+
+def _predict(task, model, opened, batch, settings: Settings, new_tokens: int, with_loss: bool) -> list[Prediction]:
+    """Answers of one batch, and their losses."""
+    if settings.method == "generate":
+        texts = _written(task, model, opened, batch, new_tokens, settings.generation)
+        parsed = [task.parse(text, example) for text, example in zip(texts, opened, strict=True)]
+    else:
+        texts, parsed = [None] * len(opened), _by_option(task, model, opened)
+    losses = tokens = [None] * len(opened)
+    if with_loss:
+        sums, _ = _forced(task, model, opened, task.collate(opened))
+        losses, tokens = sums[:, 0].tolist(), [int(n) for n in sums[:, 1].tolist()]
+    rows = zip(opened, texts, parsed, losses, tokens, strict=True)
+    return [Prediction(e.id, text, answer, loss, count) for e, text, answer, loss, count in rows]
+
+
+def _describe(model) -> dict[str, Any]:
+    """What tells one model from another in a predictions file, so that no answers of another one are taken over.
+
+    ``weights`` is a hash of 64 numbers from every parameter: training moves all of them.
+    """
+    found = {"class": type(model).__name__, "name": getattr(getattr(model, "config", None), "_name_or_path", None)}
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        if not flat.is_meta and len(flat):  # offloaded weights are elsewhere
+            digest.update(name.encode() + flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes())
+    mask = getattr(model, "mask", None)
+    return found | {"mask": None if mask is None else list(mask), "weights": digest.hexdigest()[:16]}
+
+
+# ---------------------------------------------------------------------- results
+def score_predictions(task, path: str | Path, split: str, limit: int | None = None) -> dict[str, Any]:
+    """See ``Task.score_predictions``."""
+    examples, known = task.split(split, limit), {e.id for e in task.split(split)}
+    found = {p.id: p for p in read_predictions(path)}
+    unknown = [i for i in found if i not in known]
+    missing = [e.id for e in examples if e.id not in found]
+    if unknown or missing:
+        which = f"id {unknown[0]!r} is not in it" if unknown else f"{len(missing)} ids are missing, as {missing[0]!r}"
+        raise DataError(
+            f"{task.name}: {path} does not fit split {split} of {len(examples)} examples: {which}. Is it of another"
+            " split, or was the run that made it stopped? (limit=... scores the first examples only)"
+        )
+    for example in examples:
+        one = found[example.id]
+        if one.text is not None:
+            found[example.id] = replace(one, answer=task.parse(one.text, example))
+    method = "generate" if any(found[e.id].text is not None for e in examples) else "answers as given"
+    return _result(task, split, examples, found, method) | {"predictions": str(path)}
+
+
+def _result(task, split: str, examples: Sequence, found: Mapping[str, Prediction], method: str) -> dict[str, Any]:
+    kept = [e for e in examples if found[e.id].problem is None]
+    made = [found[e.id] for e in kept]
+    if not kept:
+        _nothing_left(task, split, found[examples[0].id].problem)
+    unparsed = [p for p in made if p.answer is None]
+    known = all(e.answer for e in kept)
+    grades = [task.grade(p.answer, e) for p, e in zip(made, kept, strict=True)] if known else []
+    columns, counts = by_category(grades, [e.categories for e in kept]) if known else ({}, {})
+    has_loss = all(p.loss is not None for p in made)
+    parsers = {"generate": task.parser, "options": "most likely option per token"}
+    return task.about() | {
+        "accuracy": sum(grades) / len(grades) if known else None,
+        "loss": sum(p.loss for p in made) / sum(p.tokens for p in made) if has_loss else None,
+        "count": len(kept),
+        "split": split,
+        "parser": parsers.get(method, "none: answers as given"),
+        "method": method,
+        "unparsed": len(unparsed),
+        "unparsed_examples": [{"id": p.id, "text": p.text} for p in unparsed[:SHOWN]],
+        "skipped": len(examples) - len(kept),
+        "columns": columns,
+        "column_counts": counts,
+        **(task.summarise(grades, kept) if known else {}),
+    }

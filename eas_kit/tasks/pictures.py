@@ -1,0 +1,123 @@
+"""Pictures that are opened when they are asked for, and checked then: inside of their folder, whole, of sane size."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from eas_kit.errors import DataError
+
+# A file of some kB can unpack to gigabytes; from this many pixels on Pillow itself warns.
+MAX_PIXELS = 89_478_485
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """A picture of a folder. ``place`` is relative to ``root``; ``record`` says for errors who refers to it."""
+
+    root: str
+    place: str
+    record: str = ""
+
+    def __post_init__(self):
+        if os.path.isabs(self.place) or os.path.normpath(self.place).split(os.sep)[0] == os.pardir:
+            raise DataError(f"the picture {self.place!r} lies outside of the folder of pictures, {self.root}")
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.root, self.place)
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def read(self) -> Any:
+        """What Pillow opens: the path. Links may lead elsewhere inside of the root, not out of it."""
+        real = Path(self.path).resolve()
+        if not real.is_relative_to(Path(self.root).resolve()):
+            raise DataError(
+                f"{self.record}: the picture {self.path} is a link that leads out of the folder of pictures, to {real};"
+                " copy it into the folder, or name the other folder by image_dir"
+            )
+        return real
+
+
+@dataclass(frozen=True, slots=True)
+class PictureCell:
+    """A picture in a column of a ``datasets.Dataset`` whose Image features are not decoded."""
+
+    rows: Any
+    row: int
+    column: str
+    record: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"column {self.column!r} of row {self.row}"
+
+    def read(self) -> Any:
+        cell = self.rows[self.row][self.column]
+        data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+        if data is None and path is None:
+            raise DataError(f"{self.record}: {self.name} holds no picture")
+        return io.BytesIO(data) if data is not None else path
+
+
+class Pictures(Sequence):
+    """The pictures of an example: a sequence of RGB ``PIL.Image``, each opened anew whenever it is asked for.
+
+    Raises:
+        DataError: on opening one that is missing, truncated, no picture, too large, or outside of its folder; the
+            message names the file and the record.
+    """
+
+    __slots__ = ("sources",)
+
+    def __init__(self, *sources: PictureFile | PictureCell):
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return tuple(open_picture(s) for s in self.sources[i])
+        return open_picture(self.sources[i])
+
+    def __repr__(self) -> str:
+        return f"Pictures({', '.join(s.name for s in self.sources)})"
+
+
+def open_picture(source: PictureFile | PictureCell) -> Image.Image:
+    """The picture in RGB, upright by its EXIF orientation. Raises DataError, naming file and record."""
+    where = f"{source.record}: the picture {source.name}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
+            with Image.open(source.read()) as picture:
+                pixels = picture.width * picture.height
+                if pixels > MAX_PIXELS:
+                    raise DataError(
+                        f"{where} has {picture.width} x {picture.height} pixels, more than the {MAX_PIXELS:,} allowed:"
+                        " a decompression bomb, or a picture to be scaled down first"
+                    )
+                picture.load()
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{where} does not exist") from None
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{where} has far more than the {MAX_PIXELS:,} pixels allowed: a decompression bomb, or a picture to be"
+            " scaled down first"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for broken files
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where} cannot be opened, it is truncated or no picture: {error}") from None

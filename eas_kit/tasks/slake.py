@@ -1,0 +1,125 @@
+"""Task ``slake``: Slake (Liu et al. 2021), questions on medical pictures, with open and with closed answers.
+
+Reads the owners' ``train.json``, ``validate.json``, ``test.json`` and ``imgs/``, or the English half in LLaVA's form
+(``train_llava_en.json``, ``testval_llava_en.json``; then val is held out of train, and test is both of the owners').
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eas_kit.errors import DataError, TaskError
+from eas_kit.tasks.answers import find_name, short_answer
+from eas_kit.tasks.base import Example
+from eas_kit.tasks.conversations import ANSWER_TYPES, grade, read_conversations
+from eas_kit.tasks.data_set import Card, DataSetTask
+from eas_kit.tasks.pictures import Pictures
+from eas_kit.tasks.records import field, read_json
+
+INSTRUCTION = "Answer the question using a single word or phrase."
+LANGUAGES = ("en", "zh", "all")
+_YES_NO = ("yes", "no")
+_LLAVA = {
+    "train": ("train_llava_en.json", "train_llava.json"),
+    "test": ("testval_llava_en.json", "test_llava_en.json", "testval_llava.json", "test_llava.json"),
+}
+
+
+class Slake(DataSetTask):
+    """See the module, and ``DataSetTask`` for data_dir, hub, sizes, seed, held_out, on_error.
+
+    Columns: OPEN, the recall of the answer's words, and CLOSED, accuracy after normalisation; beside them the owners'
+    ``content_type`` (Organ, Position ...). ``accuracy`` is the mean of all grades.
+
+    Args:
+        language: "en" as in all published results, "zh", or "all". (Files in LLaVA's form have one language.)
+    """
+
+    name = "slake"
+    pictures = True
+    template = f"question, {INSTRUCTION!r} -> answer"
+    parser = "the first line, without 'The answer is' and the full stop; yes or no where that is the answer wanted"
+    card = Card(
+        title="Slake 1.0",
+        page="https://www.med-vqa.com/slake",
+        licence="CC BY 4.0",
+        hub="BoKelvin/SLAKE",
+        published={"train": 4_919, "val": 1_053, "test": 1_061},
+    )
+    image_dirs = ("imgs", "images", ".")
+
+    def __init__(self, processor, data_dir=None, hub: bool | str = False, *, language: str = "en", **settings):
+        if language not in LANGUAGES:
+            raise TaskError(f"slake: language is one of {', '.join(LANGUAGES)}, not {language!r}")
+        self.language = language
+        super().__init__(processor, data_dir, hub, **settings)
+
+    # ------------------------------------------------------------------ reading
+    def read_folder(self) -> dict[str, list[Example]]:
+        if any(self.has(name) for name in _LLAVA["train"]):
+            return {split: list(read_conversations(self, self.file(*names))) for split, names in _LLAVA.items()}
+        files = {"train": ("train.json",), "val": ("validate.json", "validation.json"), "test": ("test.json",)}
+        return {split: self._read_file(self.file(*names)) for split, names in files.items()}
+
+    def _read_file(self, path) -> list[Example]:
+        found: list[Example] = []
+        for number, record in enumerate(read_json(path, list)):
+            with self.reading(path, record.get("qid", number) if isinstance(record, dict) else number):
+                if self.language in ("all", field(record, "q_lang")):
+                    name = field(record, "img_name")
+                    images = Pictures(self.picture(f"question {record.get('qid', number)}", name))
+                    found.append(self._example(record, images))
+        return found
+
+    def read_hub(self) -> dict[str, list[Example]]:
+        """The hub copy has the pictures in an archive beside the table, or (other copies) in a column."""
+        found: dict[str, list[Example]] = {}
+        for split, names in {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}.items():
+            rows = self.hub_rows(*names, columns=("question", "answer", "q_lang", "qid", "answer_type"))
+            embedded = "image" in rows.column_names
+            if not embedded and self.image_dir is None:
+                self.image_dir = self.hub_archive("imgs.zip") / "imgs"
+            found[split] = []
+            for row, record in self.hub_records(rows):
+                with self.reading(f"{self.hub}, split {split}", record.get("qid", row)):
+                    if self.language not in ("all", field(record, "q_lang")):
+                        continue
+                    who = f"question {record.get('qid', row)}"
+                    if embedded:
+                        images = self.hub_picture(rows, row, "image", who)
+                    else:
+                        images = Pictures(self.picture(who, field(record, "img_name")))
+                    found[split].append(self._example(record, images))
+        return found
+
+    def _example(self, record: dict[str, Any], images: Pictures) -> Example:
+        kind = field(record, "answer_type").strip().upper()
+        if kind not in ANSWER_TYPES:
+            raise DataError(f"the answer_type is one of {', '.join(ANSWER_TYPES)}, not {kind!r}")
+        answer = field(record, "answer").strip()
+        if not answer:
+            raise DataError("the answer is empty")
+        content = field(record, "content_type", str, default="")
+        return Example(
+            id=str(field(record, "qid", (int, str))),
+            question=f"{field(record, 'question')}\n{INSTRUCTION}",
+            answer=answer,
+            images=images,
+            categories=(kind, content) if content else (kind,),
+            group=field(record, "img_name", str, default=""),
+        )
+
+    # ------------------------------------------------------------------ text
+    def question_text(self, example: Example) -> str:
+        return example.question
+
+    def target_text(self, example: Example) -> tuple[str, str]:
+        return example.answer, ""
+
+    def parse(self, text: str, example: Example) -> str | None:
+        if "CLOSED" in example.categories and example.answer.strip().lower() in _YES_NO:
+            return find_name(text, _YES_NO)
+        return short_answer(text)
+
+    def grade(self, answer: str | None, example: Example) -> float:
+        return grade(answer, example)
