@@ -205,12 +205,11 @@ class DataSetTask(Task):
     @staticmethod
     def hub_pictures(rows: Any, column: str) -> list[bool]:
         """Which rows have a picture, by their bytes' or path's presence alone."""
-        import pyarrow.compute as pc
-
         found: list[bool] = []
         for chunk in rows.data.column(column).chunks:
-            holds = pc.or_(pc.is_valid(chunk.field("bytes")), pc.is_valid(chunk.field("path")))
-            found += pc.and_(pc.is_valid(chunk), holds).to_pylist()
+            parts = (chunk, chunk.field("bytes"), chunk.field("path"))
+            valid = (part.is_valid().to_pylist() for part in parts)
+            found += [cell and (data or path) for cell, data, path in zip(*valid)]
         return found
 
     @staticmethod
