@@ -1,7 +1,7 @@
-"""The command ``eas-kit``: a thin shell over ``runner`` and ``doctor``.
+"""The command ``eas-kit``: a thin shell over ``runner``, ``doctor`` and the data sets of ``tasks``.
 
-Exit codes: 0 all went well; 1 a notebook failed, or the doctor found something missing; 2 the command makes no sense
-as given; 130 interrupted.
+Exit codes: 0 all went well; 1 a notebook failed, the doctor found something missing, or a data set is not whole; 2 the
+command makes no sense as given; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import EASError
+from .errors import EASError, TaskError
 
 DESCRIPTION = """\
 eas-kit: Effective Attention Skipping for multimodal language models (arXiv 2403.15226).
@@ -27,6 +27,7 @@ examples:
   eas-kit run --out runs/demo --resume               go on with a run that was stopped
   eas-kit run 03 --params notebooks/params/full.yaml the long version of the third
   eas-kit doctor                                     versions, device, memory, what is missing
+  eas-kit data check scienceqa ~/data/scienceqa      is a download whole?
 """
 
 RUN_EPILOG = """\
@@ -45,6 +46,22 @@ results:
   DIR/index.html               open this: every notebook, figure and number of the run
   DIR/NN_name.ipynb            the executed copy
   DIR/NN_name/results.json     the notebook's numbers, with versions, seed, device and parameters
+"""
+
+
+DATA_EPILOG = """\
+examples:
+  eas-kit data list                                  the data sets, their licences and sizes
+  eas-kit data check scienceqa DIR                   every record, and 500 of the pictures
+  eas-kit data check slake --hub --open all          the hub copy, and all of its pictures
+  eas-kit data check aid DIR -p train_share 0.5      a setting of the task
+  eas-kit data make scienceqa DIR --records 200      a made-up folder in ScienceQA's form, to try things on
+  eas-kit data score scienceqa DIR answers.jsonl     accuracy in all columns, from a predictions file, without a model
+  eas-kit data export vqav2 DIR answers.jsonl --out results.json
+                                                     the file that the owners' own evaluation reads
+
+DIR is the folder with the owner's files, laid out as on the data set's page under data/. A predictions file is what
+task.evaluate(model, "test", predictions="answers.jsonl") writes: a line of JSON an example.
 """
 
 
@@ -86,9 +103,91 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="show the notebooks and their parameters, run nothing")
     run.set_defaults(handler=_run)
 
+    _add_data(commands, formatter)
     doctor = commands.add_parser("doctor", help="check the installation and the machine")
     doctor.set_defaults(handler=_doctor)
     return parser
+
+
+def _add_data(commands, formatter) -> None:
+    data = commands.add_parser(
+        "data", help="check, score and export real data sets", formatter_class=formatter, epilog=DATA_EPILOG
+    )
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs.add_parser("list", help="the data sets").set_defaults(handler=_data_list)
+    check = verbs.add_parser("check", help="is a download whole?")
+    score = verbs.add_parser("score", help="the result of a predictions file, without a model")
+    export = verbs.add_parser("export", help="predictions in the shape of the owners' evaluation")
+    for one in (check, score, export):
+        one.add_argument("name", metavar="NAME", help="of the data set, see eas-kit data list")
+        one.add_argument("data_dir", metavar="DIR", nargs="?" if one is check else None, help="the owner's files")
+        one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a setting")
+    check.add_argument("--hub", nargs="?", const=True, default=False, metavar="OWNER/NAME", help="a hub copy instead")
+    check.add_argument("--open", default="500", metavar="N", help="pictures to open, or all (default: 500)")
+    check.set_defaults(handler=_data_check)
+    for one, handler in ((score, _data_score), (export, _data_export)):
+        one.add_argument("predictions", metavar="FILE.jsonl")
+        one.add_argument("--split", default="test", help="train, search, val or test (default)")
+        one.set_defaults(handler=handler)
+    export.add_argument("--out", required=True, metavar="FILE", help="what to write")
+    make = verbs.add_parser("make", help="a made-up folder in a data set's form")
+    make.add_argument("name", choices=["scienceqa"])
+    make.add_argument("folder", metavar="DIR")
+    make.add_argument("--records", type=int, default=200, help="how many (default: 200)")
+    make.add_argument("--seed", type=int, default=0)
+    make.set_defaults(handler=_data_make)
+
+
+def _data_list(args: argparse.Namespace) -> int:
+    from .tasks import data_sets
+
+    for name, card in data_sets().items():
+        sizes = ", ".join(f"{split} {count:,}" for split, count in card.published.items())
+        print(f"{name:<14}{card.title:<28}{sizes}\n{'':<14}{card.page}; {card.licence}; hub copy: {card.hub or 'none'}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    import yaml
+
+    return {name: yaml.safe_load(value) for name, value in args.p}
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from .tasks.check import check_data
+
+    if args.open != "all" and not args.open.isdecimal():
+        raise TaskError(f"--open is a number of pictures or 'all', not {args.open!r}")
+    count = None if args.open == "all" else int(args.open)
+    found = check_data(args.name, args.data_dir, args.hub, count, progress=sys.stderr.isatty(), **_settings(args))
+    print(found.text())
+    return 0 if found.ok else 1
+
+
+def _data_task(args: argparse.Namespace):
+    from .tasks import load_task
+
+    return load_task(args.name, None, data_dir=args.data_dir, check_images=False, **_settings(args))
+
+
+def _data_score(args: argparse.Namespace) -> int:
+    import json
+
+    print(json.dumps(_data_task(args).score_predictions(args.predictions, args.split), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _data_export(args: argparse.Namespace) -> int:
+    count = _data_task(args).export_predictions(args.predictions, args.out, args.split)
+    print(f"{args.out}: {count:,} answers")
+    return 0
+
+
+def _data_make(args: argparse.Namespace) -> int:
+    from .tasks.made_up import write_scienceqa
+
+    print(write_scienceqa(args.folder, args.records, args.seed))
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -38,6 +38,12 @@ def task_names() -> list[str]:
     return sorted(_TASKS)
 
 
+def data_sets() -> dict[str, Any]:
+    """The real data sets by name, each with its card: title, owners' page, licence, hub copy, published sizes."""
+    found = {name: _find(name) for name in task_names()}
+    return {name: task.card for name, task in found.items() if hasattr(task, "card")}
+
+
 def load_task(name: str | type, processor, **settings):
     """A task by name, bound to the processor of the model that will be used.
 

@@ -66,8 +66,11 @@ class AID(DataSetTask):
             for path in sorted(folder.iterdir()):
                 if path.suffix.lower() in _ENDS:
                     place = f"{folder.name}/{path.name}"
-                    pictures.append((folder.name, path.stem, PictureFile(str(root), place, f"picture {place}")))
+                    pictures.append((folder.name, path.stem, PictureFile(str(root), place, place)))
         return self._split(pictures)
+
+    def published(self) -> dict[str, int]:
+        return {"train": round(10_000 * self.train_share), "test": round(10_000 * (1 - self.train_share))}
 
     def _root(self) -> Path:
         """The folder that has at least two folders with pictures in them."""

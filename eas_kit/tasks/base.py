@@ -20,6 +20,7 @@ from transformers import BatchFeature
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks import evaluation
 from eas_kit.tasks.evaluation import IGNORED
+from eas_kit.tasks.pictures import PictureError
 from eas_kit.tasks.records import Problem
 
 ROLES = ("train", "search", "val", "test")
@@ -286,13 +287,13 @@ class Task:
         for example in examples:
             try:
                 found.append(replace(example, images=tuple(example.images)))
-            except DataError as error:
+            except PictureError as error:
                 if self.on_error != "skip":
                     raise DataError(
                         f"{self.name}: {error}. Mend it, or load the task with on_error='skip', which leaves such"
                         " examples out and counts them"
                     ) from None
-                problems.append(Problem("pictures", example.id, str(error)))
+                problems.append(Problem("pictures", example.id, error.problem))
         return found, problems
 
     def collate(self, examples: Sequence[Example], answers: bool = True) -> BatchFeature:

@@ -100,7 +100,7 @@ def _turns(task: DataSetTask, name: str, record: Any) -> Iterator[Example]:
     places = [places] if isinstance(places, str) else places
     if not all(isinstance(p, str) for p in places):
         raise DataError(f"field 'image' should be a text or a list of texts, it is {places!r:.60}")
-    images = Pictures(*(task.picture(f"record {name}", place) for place in places)) if places else ()
+    images = Pictures(*(task.picture(name, place) for place in places)) if places else ()
     kind = field(record, "answer_type", str, default="").strip().upper()
     if kind and kind not in ANSWER_TYPES:
         raise DataError(f"the answer_type is one of {', '.join(ANSWER_TYPES)}, not {kind!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.base import ROLES, Example, Task
+from eas_kit.tasks.evaluation import answers_in
 from eas_kit.tasks.pictures import PictureCell, PictureFile, Pictures
 from eas_kit.tasks.records import Intake, Problem
 
@@ -100,6 +102,14 @@ class DataSetTask(Task):
     def read_hub(self) -> dict[str, list[Example]]:
         """Examples by the owner's split, from ``self.hub_rows(split)``."""
         raise TaskError(f"{self.name}: no hub copy can be read; give data_dir. {self._where_to_get_it()}")
+
+    def published(self) -> Mapping[str, int]:
+        """Records by the owner's split, as published, in the form that was read."""
+        return self.card.published
+
+    def official_predictions(self, answers: Mapping[str, str | None]) -> Any:
+        """What the owners' own evaluation reads, from answers (None: unparsed) by example's id; JSON, or text."""
+        raise TaskError(f"{self.name}: its owners give no evaluation that reads a file")
 
     # ------------------------------------------------------------------ tools for them
     @property
@@ -215,6 +225,19 @@ class DataSetTask(Task):
     @staticmethod
     def hub_picture(rows: Any, row: int, column: str, record: str) -> Pictures:
         return Pictures(PictureCell(rows, row, column, record))
+
+    def export_predictions(self, predictions: str | os.PathLike, out: str | os.PathLike, split: str = "test") -> int:
+        """Writes a predictions file in the shape of the owners' evaluation, and returns how many answers it has.
+
+        Raises:
+            DataError: where the file does not answer every example of the split.
+            TaskError: where there is no such evaluation.
+        """
+        answers = answers_in(self, predictions, split)
+        official = self.official_predictions(answers)
+        text = official if isinstance(official, str) else json.dumps(official, indent=1, ensure_ascii=False) + "\n"
+        Path(out).write_text(text, encoding="utf-8")
+        return len(answers)
 
     # ------------------------------------------------------------------ from splits to roles
     def _deal(self, found: dict[str, list[Example]]) -> None:

@@ -244,7 +244,22 @@ def _describe(model) -> dict[str, Any]:
 # ---------------------------------------------------------------------- results
 def score_predictions(task, path: str | Path, split: str, limit: int | None = None) -> dict[str, Any]:
     """See ``Task.score_predictions``."""
-    examples, known = task.split(split, limit), {e.id for e in task.split(split)}
+    examples = task.split(split, limit)
+    found = _read_parsed(task, path, split, examples)
+    method = "generate" if any(found[e.id].text is not None for e in examples) else "answers as given"
+    return _result(task, split, examples, found, method) | {"predictions": str(path)}
+
+
+def answers_in(task, path: str | Path, split: str) -> dict[str, str | None]:
+    """The parsed answers of a predictions file by the ids of a split, in its order."""
+    examples = task.split(split)
+    found = _read_parsed(task, path, split, examples)
+    return {e.id: found[e.id].answer for e in examples}
+
+
+def _read_parsed(task, path: str | Path, split: str, examples: Sequence) -> dict[str, Prediction]:
+    """Predictions by id, texts parsed anew; DataError if they are not those of the examples."""
+    known = {e.id for e in task.split(split)}
     found = {p.id: p for p in read_predictions(path)}
     unknown = [i for i in found if i not in known]
     missing = [e.id for e in examples if e.id not in found]
@@ -258,8 +273,7 @@ def score_predictions(task, path: str | Path, split: str, limit: int | None = No
         one = found[example.id]
         if one.text is not None:
             found[example.id] = replace(one, answer=task.parse(one.text, example))
-    method = "generate" if any(found[e.id].text is not None for e in examples) else "answers as given"
-    return _result(task, split, examples, found, method) | {"predictions": str(path)}
+    return found
 
 
 def _result(task, split: str, examples: Sequence, found: Mapping[str, Prediction], method: str) -> dict[str, Any]:

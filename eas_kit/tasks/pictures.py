@@ -20,7 +20,7 @@ MAX_PIXELS = 89_478_485
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture of a folder. ``place`` is relative to ``root``; ``record`` says for errors who refers to it."""
+    """A picture of a folder. ``place`` is relative to ``root``; ``record`` is the name of who refers to it."""
 
     root: str
     place: str
@@ -42,9 +42,10 @@ class PictureFile:
         """What Pillow opens: the path. Links may lead elsewhere inside of the root, not out of it."""
         real = Path(self.path).resolve()
         if not real.is_relative_to(Path(self.root).resolve()):
-            raise DataError(
-                f"{self.record}: the picture {self.path} is a link that leads out of the folder of pictures, to {real};"
-                " copy it into the folder, or name the other folder by image_dir"
+            raise PictureError(
+                self,
+                f"is a link that leads out of the folder of pictures, to {real}; copy it into the folder, or name the"
+                " other folder by image_dir",
             )
         return real
 
@@ -60,13 +61,13 @@ class PictureCell:
 
     @property
     def name(self) -> str:
-        return f"column {self.column!r} of row {self.row}"
+        return f"in column {self.column!r} of row {self.row}"
 
     def read(self) -> Any:
         cell = self.rows[self.row][self.column]
         data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
         if data is None and path is None:
-            raise DataError(f"{self.record}: {self.name} holds no picture")
+            raise PictureError(self, "is empty")
         return io.BytesIO(data) if data is not None else path
 
 
@@ -95,29 +96,30 @@ class Pictures(Sequence):
         return f"Pictures({', '.join(s.name for s in self.sources)})"
 
 
+class PictureError(DataError):
+    """A picture that cannot be opened. ``problem`` says which and why; the message also names the record."""
+
+    def __init__(self, source: PictureFile | PictureCell, why: str):
+        self.problem = f"the picture {source.name} {why}"
+        super().__init__(f"record {source.record}: {self.problem}")
+
+
 def open_picture(source: PictureFile | PictureCell) -> Image.Image:
-    """The picture in RGB, upright by its EXIF orientation. Raises DataError, naming file and record."""
-    where = f"{source.record}: the picture {source.name}"
+    """The picture in RGB, upright by its EXIF orientation. Raises PictureError, naming file and record."""
+    bomb = f"more than the {MAX_PIXELS:,} allowed: a decompression bomb, or a picture to be scaled down first"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
             with Image.open(source.read()) as picture:
-                pixels = picture.width * picture.height
-                if pixels > MAX_PIXELS:
-                    raise DataError(
-                        f"{where} has {picture.width} x {picture.height} pixels, more than the {MAX_PIXELS:,} allowed:"
-                        " a decompression bomb, or a picture to be scaled down first"
-                    )
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise PictureError(source, f"has {picture.width} x {picture.height} pixels, {bomb}")
                 picture.load()
                 return ImageOps.exif_transpose(picture).convert("RGB")
+    except PictureError:
+        raise
     except FileNotFoundError:
-        raise DataError(f"{where} does not exist") from None
+        raise PictureError(source, "does not exist") from None
     except Image.DecompressionBombError:
-        raise DataError(
-            f"{where} has far more than the {MAX_PIXELS:,} pixels allowed: a decompression bomb, or a picture to be"
-            " scaled down first"
-        ) from None
+        raise PictureError(source, f"has far {bomb}") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for broken files
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where} cannot be opened, it is truncated or no picture: {error}") from None
+        raise PictureError(source, f"cannot be opened, it is truncated or no picture: {error}") from None

@@ -100,7 +100,7 @@ class ScienceQA(DataSetTask):
         name, images = field(record, "image", (str, type(None)), default=None), ()
         if name:
             places = (f"{split}/{pid}/{name}", f"{pid}/{name}")
-            images = Pictures(self.picture(f"problem {pid}", *places))
+            images = Pictures(self.picture(pid, *places))
         return self._example(pid, record, images, captions.get(pid, ""))
 
     def read_hub(self) -> dict[str, list[Example]]:
@@ -112,7 +112,7 @@ class ScienceQA(DataSetTask):
             for row, record in self.hub_records(rows):
                 name = f"{split}-{row}"  # the copy has no ids
                 with self.reading(f"{self.hub}, split {split}", f"row {row}"):
-                    images = self.hub_picture(rows, row, "image", f"row {row}") if seen[row] else ()
+                    images = self.hub_picture(rows, row, "image", name) if seen[row] else ()
                     found[split].append(self._example(name, record, images, ""))
         return found
 

@@ -61,13 +61,18 @@ class Slake(DataSetTask):
         files = {"train": ("train.json",), "val": ("validate.json", "validation.json"), "test": ("test.json",)}
         return {split: self._read_file(self.file(*names)) for split, names in files.items()}
 
+    def published(self) -> dict[str, int]:
+        if self.hub is None and any(self.has(name) for name in _LLAVA["train"]):
+            return {"train": 4_919, "test": 2_114}
+        return dict(self.card.published) if self.language == "en" else {}
+
     def _read_file(self, path) -> list[Example]:
         found: list[Example] = []
         for number, record in enumerate(read_json(path, list)):
             with self.reading(path, record.get("qid", number) if isinstance(record, dict) else number):
                 if self.language in ("all", field(record, "q_lang")):
                     name = field(record, "img_name")
-                    images = Pictures(self.picture(f"question {record.get('qid', number)}", name))
+                    images = Pictures(self.picture(str(record.get("qid", number)), name))
                     found.append(self._example(record, images))
         return found
 
@@ -84,7 +89,7 @@ class Slake(DataSetTask):
                 with self.reading(f"{self.hub}, split {split}", record.get("qid", row)):
                     if self.language not in ("all", field(record, "q_lang")):
                         continue
-                    who = f"question {record.get('qid', row)}"
+                    who = str(record.get("qid", row))
                     if embedded:
                         images = self.hub_picture(rows, row, "image", who)
                     else:
