@@ -162,7 +162,7 @@ def find_option(text: str, options: Sequence[str]) -> int | None:
     if isinstance(options, str) or not 1 <= len(options) <= 26:
         came = repr(options) if isinstance(options, str) else len(options)
         raise TaskError(f"find_option wants the texts of 1 to 26 options in a list, got {came}")
-    text = text.strip()  # bold in Markdown
+    text = text.replace("**", "").strip()  # bold in Markdown
     for rest in [*(text[found.end() :] for found in _STATEMENT.finditer(text)), text]:
         letter = _by_letter(rest, options)
         if letter is not None and letter < len(options):
