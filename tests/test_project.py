@@ -175,7 +175,8 @@ def test_no_large_or_stray_file_is_tracked():
 
 
 def test_documents_link_to_files_that_exist():
-    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
+    pages = sorted(f"data/{page.name}" for page in (ROOT / "data").glob("*.md"))
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *pages):
         path = ROOT / name
         for target in re.findall(r"\]\(([^)#:\s]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{name} links to {target}"
