@@ -112,13 +112,29 @@ class DataSetTask(Task):
         raise TaskError(f"{self.name}: its owners give no evaluation that reads a file")
 
     # ------------------------------------------------------------------ tools for them
+    def choose_splits(self, splits: str | Sequence[str] | None) -> None:
+        """To be called before the data are read: only these keys of ``roles`` are; None: all of them."""
+        if splits is None:
+            return
+        splits = (splits,) if isinstance(splits, str) else tuple(splits)
+        wrong = [split for split in splits if split not in self.roles]
+        if wrong or not splits:
+            came = ", ".join(map(str, wrong)) or "none"
+            raise TaskError(f"{self.name}: splits names what is read, of {', '.join(self.roles)}; got {came}")
+        self.roles = {role: split for role, split in self.roles.items() if role in splits}
+
+    def folder_of(self, *names: str) -> Path | None:
+        """The first folder of these names in ``image_dir``, or else in the usual places; None where there is none."""
+        bases = [self.image_dir] if self.image_dir else [self.folder / place for place in (*self.image_dirs, ".")]
+        return next((p for base in bases for name in names if (p := base / name).is_dir()), None)
+
     @property
     def skipped(self) -> list[Problem]:
         return self._intake.problems
 
     def reading(self, file: str | Path, record: Any):
         """Around the reading of one record: a DataError inside is raised with its name, or the record is left out."""
-        return self._intake.record(Path(file).name, record)
+        return self._intake.record(os.path.basename(file), record)
 
     def file(self, *names: str) -> Path:
         """The first of the files that the folder has, also one folder further down; DataError else."""
@@ -159,18 +175,27 @@ class DataSetTask(Task):
             " they lie elsewhere (image_dir)?"
         )
 
-    def hub_rows(self, *splits: str, columns: Sequence[str] = ()) -> Any:
-        """The ``datasets.Dataset`` of the first of `splits` that the copy has, pictures not decoded."""
+    @cached_property
+    def _hub_copy(self) -> Mapping[str, Any]:
         import datasets
 
         try:
-            copy = datasets.load_dataset(self.hub)
+            return datasets.load_dataset(self.hub)
         except Exception as error:  # of many libraries: not found, gated, offline, no data in it
             raise DataError(
                 f"{self.name}: the hub copy {self.hub!r} cannot be loaded: {type(error).__name__}: {error}. Check the"
                 f" name and the network, or give data_dir. {self._where_to_get_it()}"
             ) from error
-        split = next((s for s in splits if s in copy), None)
+
+    def hub_split(self, *splits: str) -> str | None:
+        """The first of `splits` that the copy has, or None."""
+        return next((s for s in splits if s in self._hub_copy), None)
+
+    def hub_rows(self, *splits: str, columns: Sequence[str] = ()) -> Any:
+        """The ``datasets.Dataset`` of the first of `splits` that the copy has, pictures not decoded."""
+        import datasets
+
+        copy, split = self._hub_copy, self.hub_split(*splits)
         if split is None:
             raise DataError(
                 f"{self.name}: the copy {self.hub!r} has no split {' or '.join(splits)}, but {', '.join(copy)}"

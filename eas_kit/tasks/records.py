@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from eas_kit.errors import DataError, TaskError
 
 ON_ERROR = ("raise", "skip")
+CHUNK = 1 << 22  # characters of a large file that are read at once
+_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,106 @@ def read_json_lines(path: Path, intake: Intake) -> Iterator[tuple[int, dict]]:
             yield number, found
 
 
-def _text(path: Path) -> str:
+def read_json_items(path: Path, name: str) -> Iterator[Any]:
+    """The items of the list ``name`` in a JSON file whose outermost value is an object, one by one.
+
+    Neither the text nor what was parsed is ever held as a whole: files of hundreds of MB take some MB. DataError for
+    what ``read_json`` finds wrong, as soon as the place is reached.
+    """
+    with _readable(path), open(path, encoding="utf-8-sig") as file:
+        text = _Text(file)
+        try:
+            text.sign("{")
+            names: set[str] = set()
+            more = text.peek() != "}"
+            while more:
+                key = text.value()
+                if not isinstance(key, str) or key in names:
+                    raise DataError(f"wanted a new name in quotes, got {_short(key)}")
+                names.add(key)
+                text.sign(":")
+                if key != name:
+                    text.value()
+                elif text.peek() != "[":
+                    raise DataError(f"field {name!r} should be list, it is {_short(text.value())}")
+                else:
+                    yield from text.items()
+                more = text.sign(",}") == ","
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+    if name not in names:
+        raise DataError(f"{path}: there is no field {name!r}")
+
+
+class _Text:
+    """JSON that is parsed value by value while it is read."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.text, self.at, self.dropped = file, "", 0, 0
+        self.decode = json.JSONDecoder(object_pairs_hook=_no_duplicates).raw_decode
+
+    def more(self) -> bool:
+        """Reads on, as much again as is left at least; False at the end of the file."""
+        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
+        self.text, self.dropped, self.at = self.text[self.at :] + chunk, self.dropped + self.at, 0
+        return bool(chunk)
+
+    def peek(self) -> str:
+        """The next character that is not blank, "" at the end."""
+        while True:
+            self.at = _BLANKS.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def sign(self, wanted: str) -> str:
+        found = self.peek()
+        if not found or found not in wanted:
+            self.fail(f"wanted {' or '.join(wanted)}", self.at)
+        self.at += 1
+        return found
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                found, end = self.decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self.more():  # it was cut off by the end of what had been read, maybe
+                    continue
+                self.fail(error.msg, error.pos)
+            if end == len(self.text) and self.more():  # 12 of 123
+                continue
+            self.at = end
+            return found
+
+    def items(self) -> Iterator[Any]:
+        self.sign("[")
+        if self.peek() == "]":
+            self.at += 1
+            return
+        while True:
+            yield self.value()
+            if self.sign(",]") == "]":
+                return
+
+    def fail(self, what: str, at: int) -> NoReturn:
+        raise DataError(
+            f"no valid JSON: {what} at character {self.dropped + at + 1:,}; a download that broke off looks like this"
+        )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        yield
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _text(path: Path) -> str:
+    with _readable(path):
+        return path.read_text(encoding="utf-8-sig")
