@@ -116,13 +116,13 @@ class Flickr30K(DataSetTask):
         So every picture gets as many captions of others as it has own ones, if all have the same number, none alike.
         """
         order = random.Random(f"{self.seed} pairs {role}").sample(range(len(pictures)), len(pictures))
-        words = [{_words(caption) for caption in e.references} for e in pictures]
+        words = [[_words(caption) for caption in e.references] for e in pictures]
         place = {picture: at for at, picture in enumerate(order)}
         found = []
         for i, picture in enumerate(pictures):
             for j, caption in enumerate(picture.references):
                 following = (order[(place[i] + 1 + (j + step) % len(order)) % len(order)] for step in range(len(order)))
-                other = next((o for o in following if o != i and _words(caption) not in words[o]), None)
+                other = next((o for o in following if words[i][j] not in words[o]), None)
                 if other is None:
                     raise DataError(
                         f"flickr30k: none of the {len(pictures)} pictures of {role} can be asked with {caption!r} as"

@@ -249,8 +249,6 @@ def _result(task, gallery: Gallery, found: Mapping[str, Prediction], said: Mappi
 
 def _chance(relevant: np.ndarray) -> dict[int, float]:
     """R@k of an order at random: 1 - C(n - c, k) / C(n, k) for a query with c relevant ones of n items; the mean."""
-    n, found = relevant.shape[1], {}
-    for k in KS:
-        missed = [math.comb(n - int(c), min(k, n)) / math.comb(n, min(k, n)) for c in relevant.sum(1)]
-        found[k] = 1 - math.fsum(missed) / len(missed)
-    return found
+    n, own = relevant.shape[1], [int(c) for c in relevant.sum(1)]
+    whole = {k: math.comb(n, min(k, n)) for k in KS}  # integers: rounded once
+    return {k: math.fsum((whole[k] - math.comb(n - c, min(k, n))) / whole[k] for c in own) / len(own) for k in KS}
