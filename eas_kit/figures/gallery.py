@@ -79,8 +79,8 @@ def gallery(
 
 def _first_image(example: Any) -> Any | None:
     images = field(example, "images", "image", default=())
-    if isinstance(images, list | tuple):
-        return images[0] if images else None
+    if isinstance(images, Sequence):  # also one that opens its pictures when they are asked for
+        return images[0] if len(images) else None
     return images
 
 

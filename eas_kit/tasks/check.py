@@ -76,6 +76,8 @@ def check_data(
         DataError: where nothing can be read at all; every other fault is in the findings.
         TaskError: for a task that is no data set.
     """
+    if "on_error" in settings:
+        raise TaskError(f"{name}: a check goes through all records, so on_error cannot be set for it")
     task = load_task(name, None, data_dir=data_dir, hub=hub, on_error="skip", seed=seed, **settings)
     if not isinstance(task, DataSetTask):
         raise TaskError(f"{name} is no data set that can be checked")

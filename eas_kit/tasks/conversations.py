@@ -125,7 +125,7 @@ def _turns(task: DataSetTask, name: str, record: Any) -> Iterator[Example]:
             answer=answer,
             images=images,
             categories=(kind,) if kind else (),
-            group=" ".join(places),
+            group=" ".join(places) or name,
             history=tuple(history),
         )
         history.append((turns[number][1].strip(), answer))

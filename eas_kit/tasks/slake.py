@@ -111,7 +111,7 @@ class Slake(DataSetTask):
             answer=answer,
             images=images,
             categories=(kind, content) if content else (kind,),
-            group=field(record, "img_name", str, default=""),
+            group=field(record, "img_name", str, default="") or str(record.get("img_id", "")),
         )
 
     # ------------------------------------------------------------------ text
