@@ -187,7 +187,7 @@ def measure(name: str, folder: str) -> dict:
     return {
         "examples": examples,
         "seconds": seconds,
-        "peak_mb": (max(peak[0], after) - before) / 1e6,
+        "peak_mb": (peak["resident_peak"] - peak["resident_before"]) * 2**20 / 1e6,
         "kept_mb": (after - before) / 1e6,
         "libraries_mb": before / 1e6,
     }
@@ -216,7 +216,7 @@ def main() -> None:
             runs = []
             for _ in range(args.repeats):
                 command = [sys.executable, __file__, "--measure", name, str(place)]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 runs.append(json.loads(out.splitlines()[-1]))
             runs.sort(key=lambda run: run["seconds"])
             file_mb = sum(p.stat().st_size for p in place.glob("*.json")) / 1e6
