@@ -168,7 +168,7 @@ class _Text:
     def sign(self, wanted: str) -> str:
         found = self.peek()
         if not found or found not in wanted:
-            self.fail(f"wanted {' or '.join(wanted)}", self.at)
+            self.fail(f"wanted {' or '.join(wanted)}")
         self.at += 1
         return found
 
@@ -178,12 +178,14 @@ class _Text:
             try:
                 found, end = self.decode(self.text, self.at)
             except json.JSONDecodeError as error:
+                ahead = error.pos - self.at
                 if self.more():  # it was cut off by the end of what had been read, maybe
                     continue
-                self.fail(error.msg, error.pos)
-            if end == len(self.text) and self.more():  # 12 of 123
+                self.fail(error.msg, ahead)
+            ahead = end - self.at
+            if end > len(self.text) - 3 and self.more():  # 12 of 123, or of 12e+3
                 continue
-            self.at = end
+            self.at += ahead
             return found
 
     def items(self) -> Iterator[Any]:
@@ -196,10 +198,9 @@ class _Text:
             if self.sign(",]") == "]":
                 return
 
-    def fail(self, what: str, at: int) -> NoReturn:
-        raise DataError(
-            f"no valid JSON: {what} at character {self.dropped + at + 1:,}; a download that broke off looks like this"
-        )
+    def fail(self, what: str, ahead: int = 0) -> NoReturn:
+        place = self.dropped + self.at + ahead + 1
+        raise DataError(f"no valid JSON: {what} at character {place:,}; a download that broke off looks like this")
 
 
 @contextmanager
