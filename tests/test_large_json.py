@@ -41,12 +41,13 @@ def test_large_json_is_read_item_by_item(tmp_path, monkeypatch, chunk):
         assert message in str(error.value) and "x.json" in str(error.value)
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="there is no file .*none.json"):
         list(read_json_items(tmp_path / "none.json", "list"))
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         list(read_json_items(tmp_path, "list"))
     path = tmp_path / "latin.json"
-    path.write_bytes('{"list": ["é"]}'.encode("latin-1"))
-    with pytest.raises(DataError, match="latin.json is not text in UTF-8: invalid continuation byte at byte 11"):
+    monkeypatch.setattr("eas_kit.tasks.records.CHUNK", 100)
+    path.write_bytes(('{"list": [' + "1, " * 9000 + '"é"]}').encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.json is not text in UTF-8: .* behind character 2\d,\d\d\d$"):
         list(read_json_items(path, "list"))

@@ -141,6 +141,9 @@ def read_json_items(path: Path, name: str) -> Iterator[Any]:
                 more = text.sign(",}") == ","
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+        except UnicodeDecodeError as error:  # it knows its place in what was read last alone
+            read = text.dropped + len(text.text)
+            raise DataError(f"{path} is not text in UTF-8: {error.reason} behind character {read:,}") from None
     if name not in names:
         raise DataError(f"{path}: there is no field {name!r}")
 
