@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
-WORDS = "the of a is in which and it to that energy plant force sample object figure water shows has can be".split()
+WORDS = ("the", "of", "a", "is", "which", "energy", "plant", "force", "sample", "object", "figure", "water", "shows")
 RECORDS = {"scienceqa": 21_208, "slake": 14_028, "nlvr2": 100_322, "flickr30k": 31_014, "vqav2": 658_111}
 
 
@@ -145,11 +146,13 @@ def write_vqav2(folder: Path, rng: random.Random) -> None:
         dump(folder / f"v2_mscoco_{name}_annotations.json", head | {"annotations": annotations})
 
 
-def empty(path: Path, made: set[str] = set()) -> None:  # noqa: B006: remembers the folders it made
-    folder = str(path.parent)
-    if folder not in made:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.add(folder)
+@cache
+def folder_of(path: str) -> None:
+    Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def empty(path: Path) -> None:
+    folder_of(str(path.parent))
     path.touch()
 
 
@@ -173,7 +176,7 @@ def measure(name: str, folder: str) -> dict:
     import psutil
 
     import eas_kit as eas
-    from eas_kit.tasks import data_set  # noqa: F401: the libraries, before the clock starts
+    import eas_kit.tasks.data_set  # the libraries, before the clock starts
     from eas_kit.timing import peak_memory
 
     process = psutil.Process()

@@ -387,6 +387,28 @@ def test_gallery_shows_pixels_words_and_judgement():
     assert "<b>iron</b>" in said
 
 
+def test_gallery_letters_the_options_where_the_answer_is_a_letter():
+    lettered = {"question": "Which?", "answer": "B", "choices": ("iron", "gold"), "images": ()}
+    assert "(A) iron / (B) gold" in words(f.gallery([lettered]))
+    assert "iron / B" in words(f.gallery([lettered | {"choices": ("iron", "B")}]))
+
+
+def test_gallery_opens_the_first_picture_of_a_sequence():
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    class Lazy(Sequence):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (3, 5), (0, 0, 90 * i))
+
+    fig = f.gallery([{"question": "a?", "answer": "b", "images": Lazy()}])
+    assert fig.data[0].source == f.gallery([{"question": "", "answer": "", "images": (Lazy()[0],)}]).data[0].source
+
+
 def test_gallery_errors():
     with pytest.raises(f.FigureError, match="at least one example"):
         f.gallery([])

@@ -7,6 +7,7 @@ import html
 import io
 import textwrap
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,7 +87,11 @@ def _first_image(example: Any) -> Any | None:
 
 def _question(example: Any, lines: int) -> list[str]:
     """Context, question and choices as wrapped lines, at most `lines` of them."""
-    choices = " / ".join(map(str, field(example, "choices", default=())))
+    options = list(map(str, field(example, "choices", default=())))
+    answer = str(field(example, "answer", default=""))
+    if len(answer) == 1 and answer not in options:  # a letter stands for an option, as in ScienceQA
+        options = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options)]
+    choices = " / ".join(options)
     parts = [field(example, "context", default=""), field(example, "question", default=""), choices]
     rows = [row for part in parts for paragraph in str(part).splitlines() for row in textwrap.wrap(paragraph, LETTERS)]
     if len(rows) > lines:
