@@ -56,15 +56,24 @@ class Intake:
 
 
 def field(record: Any, name: str, kind: type | tuple[type, ...] = str, default: Any = ...) -> Any:
-    """``record[name]``, of the kind that is wanted; DataError where it is missing (without a default) or another."""
+    """``record[name]``, of the kind that is wanted; DataError where it is missing (without a default) or another.
+
+    With a default, null is the same as missing. True and False are no numbers.
+    """
+    if isinstance(record, Fault):
+        raise DataError(record.problem)
     if not isinstance(record, dict):
         raise DataError(f"wanted an object with named fields, got {_short(record)}")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     value = record.get(name, default)
     if value is ...:
         raise DataError(f"there is no field {name!r}")
-    if value is default or (isinstance(value, kind) and not (isinstance(value, bool) and kind is int)):
+    if isinstance(value, Fault):
+        raise DataError(value.problem)
+    if value is default or (value is None and default is not ...):
+        return default
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
-    kinds = kind if isinstance(kind, tuple) else (kind,)
     raise DataError(f"field {name!r} should be {' or '.join(k.__name__ for k in kinds)}, it is {_short(value)}")
 
 
@@ -73,19 +82,60 @@ def _short(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Stands in a parsed file for a record that JSON parsers read without a word and that yet is no valid one."""
+
+    problem: str
+
+
+def _parse(text: str) -> Any:
+    """As json.loads, but a name twice in an object, and NaN, make a Fault of the record they are in.
+
+    A record is an item of the outermost list or object. Raises JSONDecodeError, or DataError.
+    """
+    faults: list[Fault] = []
+
+    def fault(problem: str) -> Fault:
+        faults.append(Fault(problem))
+        return faults[-1]
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise DataError(f"the name {twice!r} occurs twice in one object")
+        return fault(f"the name {twice!r} occurs twice in one object")
+
+    try:
+        found = json.loads(
+            text, object_pairs_hook=unique, parse_constant=lambda name: fault(f"{name} is no value of JSON")
+        )
+    except RecursionError:
+        raise DataError("no records: objects or lists are nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"no records: {error}") from None
+    if faults and isinstance(found, dict | list):
+        for key, item in list(found.items() if isinstance(found, dict) else enumerate(found)):
+            found[key] = _fault_in(item) or item
     return found
+
+
+def _fault_in(value: Any) -> Fault | None:
+    if isinstance(value, Fault):
+        return value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_fault_in, inside)), None)
 
 
 def read_json(path: Path, kind: type) -> Any:
     """A JSON file whose outermost value is of ``kind`` (dict or list); DataError naming file and place else."""
+    text = _text(path)
     try:
-        found = json.loads(_text(path), object_pairs_hook=_no_duplicates)
+        found = _parse(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is no valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; a download that broke"
@@ -93,6 +143,8 @@ def read_json(path: Path, kind: type) -> Any:
         ) from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    if isinstance(found, Fault):
+        raise DataError(f"{path}: {found.problem}")
     if not isinstance(found, kind):
         wanted = {dict: "an object", list: "a list"}[kind]
         raise DataError(f"{path}: wanted {wanted} of records, the file holds {_short(found)}")
@@ -106,9 +158,11 @@ def read_json_lines(path: Path, intake: Intake) -> Iterator[tuple[int, dict]]:
             continue
         with intake.record(path.name, f"line {number}"):
             try:
-                found = json.loads(line, object_pairs_hook=_no_duplicates)
+                found = _parse(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"no valid JSON: {error.msg} at column {error.colno}") from None
+            if fault := _fault_in(found):
+                raise DataError(fault.problem)
             if not isinstance(found, dict):
                 raise DataError(f"wanted an object, got {_short(found)}")
             yield number, found
