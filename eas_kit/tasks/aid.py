@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.answers import find_name
@@ -17,6 +18,7 @@ from eas_kit.tasks.base import Example
 from eas_kit.tasks.conversations import read_conversations
 from eas_kit.tasks.data_set import Card, DataSetTask
 from eas_kit.tasks.pictures import PictureFile, Pictures
+from eas_kit.tasks.records import field
 
 QUESTION = "What is the label for this image?\nAnswer the question using a single word."
 _ENDS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -56,15 +58,15 @@ class AID(DataSetTask):
         percent = round(100 * self.train_share)
         names = {split: f"{split}{percent}.json" for split in ("train", "test")}
         if self.has(names["train"]):
-            found = {split: list(read_conversations(self, self.file(name))) for split, name in names.items()}
-            classes = sorted({e.answer for examples in found.values() for e in examples})
+            found = {split: read_conversations(self, self.file(name)) for split, name in names.items()}
+            classes = sorted({_letters(e.answer) for examples in found.values() for e in examples})
             return {split: [self._of_class(e, classes) for e in examples] for split, examples in found.items()}
         root = self._root()
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         pictures = []
         for folder in folders:
             for path in sorted(folder.iterdir()):
-                if path.suffix.lower() in _ENDS:
+                if _is_picture(path):
                     place = f"{folder.name}/{path.name}"
                     pictures.append((folder.name, path.stem, PictureFile(str(root), place, place)))
         return self._split(pictures)
@@ -87,14 +89,23 @@ class AID(DataSetTask):
         rows = self.hub_rows("train", columns=("image", "label"))
         names = getattr(rows.features["label"], "names", None)
         pictures = []
+        seen, stems = self.hub_pictures(rows, "image"), self._stems(rows)
         for row, record in self.hub_records(rows):
             with self.reading(f"{self.hub}, split train", f"row {row}"):
                 label = record["label"]
                 if names is not None and not (isinstance(label, int) and 0 <= label < len(names)):
                     raise DataError(f"the label {label!r} is outside of the {len(names)} classes")
+                if not seen[row]:
+                    raise DataError("there is no picture in column 'image'")
                 image = self.hub_picture(rows, row, "image", f"row {row}")
-                pictures.append((names[label] if names else str(label), f"{row:05d}", image))
+                pictures.append((names[label] if names else field(record, "label"), stems[row], image))
         return self._split(pictures)
+
+    def _stems(self, rows: Any) -> list[str]:
+        """The pictures' names, by which the parts are the same ones as from the owners' files; else their rows."""
+        stems = [PurePath(path or "").stem for path in self.hub_paths(rows, "image")]
+        known = all(stems) and len(set(zip(stems, rows["label"]))) == len(stems)
+        return stems if known else [f"{row:05d}" for row in range(len(stems))]
 
     def _split(self, pictures: Iterable[tuple[str, str, PictureFile | Pictures]]) -> dict[str, list[Example]]:
         """Every class by itself: its pictures by name, shuffled by seed and class; the first ones train."""
@@ -116,7 +127,8 @@ class AID(DataSetTask):
 
     def _of_class(self, example: Example, classes: Sequence[str]) -> Example:
         self.classes = tuple(classes)
-        return replace(example, choices=self.classes, categories=(example.answer,))
+        label = _letters(example.answer)
+        return replace(example, answer=label, choices=self.classes, categories=(label,))
 
     # ------------------------------------------------------------------ text
     def question_text(self, example: Example) -> str:
@@ -134,4 +146,9 @@ def _letters(name: str) -> str:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    return any(p.suffix.lower() in _ENDS for p in folder.iterdir())
+    return any(map(_is_picture, folder.iterdir()))
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name; what begins with a full stop is put there by a system, not by the data set's owners."""
+    return path.suffix.lower() in _ENDS and not path.name.startswith(".")

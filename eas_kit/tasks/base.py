@@ -56,6 +56,9 @@ class Generated(Sequence):
     def __init__(self, make: Callable[[int], Example], size: int):
         self._make, self._size = lru_cache(maxsize=None)(make), size
 
+    def __reduce__(self):  # a cache cannot be pickled, for worker processes
+        return Generated, (self._make.__wrapped__, self._size)
+
     def __len__(self) -> int:
         return self._size
 
@@ -136,15 +139,15 @@ class Task:
         if unknown:
             raise TaskError(f"{self.name}: sizes are by split, {', '.join(ROLES)}; there is no {', '.join(unknown)}")
         for role, size in (sizes or {}).items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise TaskError(f"{self.name}: the size of {role} is a whole number from 1 up, not {size!r}")
 
     def split(self, role: str, limit: int | None = None) -> Sequence[Example]:
         """The first ``limit`` examples of a role; raises TaskError for a role that does not exist or is empty."""
         if role not in ROLES:
             raise TaskError(f"{self.name} has the splits {', '.join(ROLES)}; there is no {role!r}")
-        if limit is not None and limit < 1:
-            raise TaskError(f"{self.name}: limit is a number of examples from 1 up, or None for all; not {limit}")
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise TaskError(f"{self.name}: limit is a number of examples from 1 up, or None for all; not {limit!r}")
         examples = getattr(self, role)
         if len(examples) == 0:
             full = [r for r in ROLES if len(getattr(self, r))]
@@ -294,7 +297,11 @@ class Task:
                         " examples out and counts them"
                     ) from None
                 problems.append(Problem("pictures", example.id, error.problem))
+        self.left_out(problems)
         return found, problems
+
+    def left_out(self, problems: Sequence[Problem]) -> None:
+        """Is told which examples were left out as their pictures were opened; worker processes tell it again."""
 
     def collate(self, examples: Sequence[Example], answers: bool = True) -> BatchFeature:
         """Examples to one batch; pictures only of those that have some.

@@ -7,12 +7,13 @@ prompt is over the same positions in training as when the model answers.)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from eas_kit.errors import DataError, TaskError
-from eas_kit.tasks.answers import short_answer
+from eas_kit.tasks.answers import plain_words, short_answer
 from eas_kit.tasks.base import IMAGE, ROLES, Example
 from eas_kit.tasks.data_set import Card, DataSetTask
 from eas_kit.tasks.metrics import exact_match, token_recall
@@ -29,6 +30,10 @@ class Conversations(DataSetTask):
 
     A record with ``"answer_type": "OPEN"`` is graded by the share of the answer's words that are said, one with
     "CLOSED" or none by the same text after normalisation. Columns: OPEN and CLOSED.
+
+    Records of one id and other content are told apart by their place in the file ("id:place": LLaVA's own files have
+    several conversations on a picture under its id). Held out together are all conversations that share a picture, and
+    the turns of a conversation.
 
     Args:
         files: by role, a file of data_dir (.json or .jsonl), e.g. ``{"train": "mine.json"}``; without it train.json,
@@ -58,7 +63,7 @@ class Conversations(DataSetTask):
         if not any(self.has(name) for some in names.values() for name in some):
             self.file("train.json")  # raises, saying what is there
         wanted = [role for role in names if self.files or any(map(self.has, names[role]))]
-        return {role: list(read_conversations(self, self.file(*names[role]))) for role in wanted}
+        return {role: read_conversations(self, self.file(*names[role])) for role in wanted}
 
     # ------------------------------------------------------------------ text
     def question_text(self, example: Example) -> str:
@@ -81,18 +86,44 @@ def grade(answer: str | None, example: Example) -> float:
     return float(exact_match(answer, example.answer))
 
 
-def read_conversations(task: DataSetTask, path: Path) -> Iterator[Example]:
+def read_conversations(task: DataSetTask, path: Path) -> list[Example]:
     """Examples of a file in LLaVA's form, .json (a list) or .jsonl (an object a line)."""
     if path.suffix == ".jsonl":
-        records: Any = ((f"line {n}", r) for n, r in read_json_lines(path, task._intake))
+        records: Any = ((n, f"line {n}", r) for n, r in read_json_lines(path, task._intake))
     else:
-        records = enumerate(read_json(path, list))
-    for number, record in records:
-        name = record.get("id", number) if isinstance(record, dict) else number
+        records = ((n, str(n), r) for n, r in enumerate(read_json(path, list)))
+    examples: list[Example] = []
+    seen: dict[str, Any] = {}
+    for number, place, record in records:
+        own = record.get("id") if isinstance(record, dict) else None
+        name = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else place
         found: list[Example] = []
         with task.reading(path, name):
-            found = list(_turns(task, str(name), record))
-        yield from found
+            field(record, "id", (int, str), default=None)
+            if name in seen and seen[name] == record:
+                raise DataError("the same record is in the file twice")
+            if seen.setdefault(name, record) is not record:
+                name = f"{name}:{number}"
+            found = list(_turns(task, name, record))
+        examples += found
+    return _in_groups(examples)
+
+
+def _in_groups(examples: Sequence[Example]) -> list[Example]:
+    """The group of each is all that hangs together by pictures: (a, b) and (b, c) are one, by the name of one."""
+    leader: dict[str, str] = {}
+
+    def lead(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            leader[name] = leader.setdefault(leader[name], leader[name])
+            name = leader[name]
+        return name
+
+    for example in examples:
+        first, *others = example.group.split("\n")
+        for other in others:
+            leader[lead(other)] = lead(first)
+    return [replace(example, group=lead(example.group.split("\n")[0])) for example in examples]
 
 
 def _turns(task: DataSetTask, name: str, record: Any) -> Iterator[Example]:
@@ -114,21 +145,30 @@ def _turns(task: DataSetTask, name: str, record: Any) -> Iterator[Example]:
         raise DataError(
             f"{sum(marks)} times {IMAGE} in the texts, and {len(places)} pictures; wanted one each, in the first turn"
         )
+    # a conversation without a picture hangs together by itself: later turns hold the earlier ones
+    group = "\n".join(os.path.normpath(p.replace("\\", "/")) for p in places) or f"conversation {name}"
     history: list[tuple[str, str]] = []
     for number in range(0, len(turns), 2):
         question, answer = turns[number][1], turns[number + 1][1].strip()
-        if not answer:
-            raise DataError("an answer is empty")
+        check_answer(answer, kind)
         yield Example(
             id=name if len(turns) == 2 else f"{name}#{number // 2}",
             question=_without_outer_mark(question, len(places)) if number == 0 else question.strip(),
             answer=answer,
             images=images,
             categories=(kind,) if kind else (),
-            group=" ".join(places) or name,
+            group=group,
             history=tuple(history),
         )
         history.append((turns[number][1].strip(), answer))
+
+
+def check_answer(answer: str, kind: str) -> None:
+    """DataError for an answer that nothing could be graded by."""
+    if not answer:
+        raise DataError("an answer is empty")
+    if kind == "OPEN" and not plain_words(answer):
+        raise DataError(f"the answer {answer!r} has no words, and answers to OPEN questions are graded by their words")
 
 
 def _turn(turn: Any) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from eas_kit.tasks.base import ROLES, Example, Task
 from eas_kit.tasks.evaluation import answers_in
 from eas_kit.tasks.pictures import PictureCell, PictureFile, Pictures
 from eas_kit.tasks.records import Intake, Problem
+from eas_kit.tasks.splits import apart, hold_out, sound
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class DataSetTask(Task):
     Attributes:
         train, search, val, test: lists of Example; a role that the data set has nothing for is empty.
         sources: by role, which of the owner's splits it is or was held out of.
-        skipped: list of Problem, the records left out so far.
+        skipped: list of Problem, the records left out so far: on loading, and as their pictures were opened.
 
     Raises:
         DataError: for missing or broken files and records, by name.
@@ -74,11 +75,12 @@ class DataSetTask(Task):
     ):
         super().__init__(processor)
         if (data_dir is None) == (not hub):
-            raise TaskError(
-                f"{self.name}: give either data_dir='the folder with the data', or hub=True for a hub copy;"
-                f" {self._where_to_get_it()}"
-            )
+            wanted = "data_dir='the folder with the data'"
+            if self.card.hub is not None:
+                wanted = f"either {wanted}, or hub=True for a hub copy"
+            raise TaskError(f"{self.name}: give {wanted}; {self._where_to_get_it()}")
         self._intake, self.on_error = Intake(self.name, on_error), on_error
+        self._inside: Path | None = None
         self.seed, self.check_images = seed, check_images
         self.image_dir = None if image_dir is None else Path(image_dir).expanduser()
         self._held_out = self._checked_shares(held_out)
@@ -88,11 +90,13 @@ class DataSetTask(Task):
         else:
             self.folder, self.hub = self._checked_folder(data_dir), None
             found = self.read_folder()
-        found = {split: self._without_duplicates(split, examples) for split, examples in found.items()}
+        found = {split: sound(split, examples, self._intake) for split, examples in found.items()}
+        found = apart(found, self._intake)
         self.owner_counts = {split: len(examples) for split, examples in found.items()}
         self._deal(found)
         self._check_pictures()
         self._cut(sizes)
+        self._skipped_on_loading = len(self.skipped)
 
     # ------------------------------------------------------------------ what a data set defines
     def read_folder(self) -> dict[str, list[Example]]:
@@ -139,9 +143,10 @@ class DataSetTask(Task):
     def file(self, *names: str) -> Path:
         """The first of the files that the folder has, also one folder further down; DataError else."""
         for name in names:
-            for place in (self.folder / name, *sorted(self.folder.glob(f"*/{name}"))):
-                if place.is_file():
-                    return place
+            for folder in (self.folder, *self._further_down()):
+                if (folder / name).is_file():
+                    self._inside = self._inside or folder
+                    return folder / name
         there = sorted(p.name + "/" * p.is_dir() for p in self.folder.iterdir())
         shown = ", ".join(there[:8]) + (" ..." if len(there) > 8 else "") if there else "nothing"
         raise DataError(
@@ -150,16 +155,23 @@ class DataSetTask(Task):
 
     def has(self, name: str) -> bool:
         """Whether ``file(name)`` finds one."""
-        return (self.folder / name).is_file() or any(self.folder.glob(f"*/{name}"))
+        return any((folder / name).is_file() for folder in (self.folder, *self._further_down()))
+
+    def _further_down(self) -> list[Path]:
+        return [place for place in sorted(self.folder.iterdir()) if place.is_dir()]
 
     @cached_property
     def image_root(self) -> Path:
-        """Where the records' picture names start: ``image_dir``, or the first of the usual places that exists."""
+        """Where the records' picture names start: ``image_dir``, or the first of the usual places that exists.
+
+        These are looked for in the folder where the first file was found, then in data_dir.
+        """
         if self.image_dir is not None:
             if not self.image_dir.is_dir():
                 raise DataError(f"{self.name}: image_dir {self.image_dir} is not a folder")
             return self.image_dir
-        return next(p for name in (*self.image_dirs, ".") if (p := self.folder / name).is_dir())
+        folders = [self._inside or self.folder, self.folder]
+        return next(p for name in (*self.image_dirs, ".") for f in folders if (p := f / name).is_dir())
 
     def picture(self, record: str, *places: str, root: Path | None = None) -> PictureFile:
         """The picture at the first of `places` (relative to the root) that exists; DataError if none does."""
@@ -237,15 +249,25 @@ class DataSetTask(Task):
         # the library refuses members that lead out of the folder, and unpacks every archive once
         return Path(datasets.DownloadManager().extract(str(archive)))
 
-    @staticmethod
-    def hub_pictures(rows: Any, column: str) -> list[bool]:
+    def hub_pictures(self, rows: Any, column: str) -> list[bool]:
         """Which rows have a picture, by their bytes' or path's presence alone."""
+        import datasets
+
+        if not isinstance(rows.features[column], datasets.Image):
+            raise DataError(
+                f"{self.name}: column {column!r} of {self.hub!r} holds no pictures, but {rows.features[column]}"
+            )
         found: list[bool] = []
         for chunk in rows.data.column(column).chunks:
             parts = (chunk, chunk.field("bytes"), chunk.field("path"))
             valid = (part.is_valid().to_pylist() for part in parts)
             found += [cell and (data or path) for cell, data, path in zip(*valid)]
         return found
+
+    def hub_paths(self, rows: Any, column: str) -> list[str | None]:
+        """The names that the pictures had as files, where the copy has kept them."""
+        self.hub_pictures(rows, column)
+        return [path for chunk in rows.data.column(column).chunks for path in chunk.field("path").to_pylist()]
 
     @staticmethod
     def hub_picture(rows: Any, row: int, column: str, record: str) -> Pictures:
@@ -275,12 +297,16 @@ class DataSetTask(Task):
                 self.sources[role] = split
         if not self.train:
             return
+        wanted = {role: share for role, share in self._held_out.items() if role not in self.sources}
+        if sum(wanted.values()) >= 1:
+            raise TaskError(
+                f"{self.name}: the shares held out are {', '.join(f'{r} {s:g}' for r, s in wanted.items())}, which"
+                f" leaves nothing of {self.sources['train']} to train on; together they are below 1"
+            )
         rest = self.train
-        for role in self.can_hold_out:
-            if role in self.sources:
-                continue
-            share = self._held_out[role]
-            taken, rest = hold_out(rest, share * len(self.train), random.Random(f"{self.seed} {role}"))
+        for role, share in wanted.items():
+            count = max(1, round(share * len(self.train))) if share else 0
+            taken, rest = hold_out(rest, count, random.Random(f"{self.seed} {role}"))
             setattr(self, role, taken)
             self.sources[role] = f"held out of {self.sources['train']} (share {share:g}, seed {self.seed})"
         if len(rest) < len(self.train):
@@ -317,16 +343,10 @@ class DataSetTask(Task):
                 raise TaskError(f"{self.name}: the share held out for {role} is from 0 to below 0.5, not {share!r}")
         return shares
 
-    def _without_duplicates(self, split: str, examples: Iterable[Example]) -> list[Example]:
-        seen: set[str] = set()
-        kept = []
-        for example in examples:
-            if example.id in seen:
-                self._intake.note(Problem(f"split {split}", example.id, "this id occurs twice"))
-                continue
-            seen.add(example.id)
-            kept.append(example)
-        return kept
+    def left_out(self, problems: Iterable[Problem]) -> None:
+        """``skipped`` also has the examples whose pictures could not be opened, each once."""
+        known = set(self.skipped)
+        self.skipped.extend(p for p in dict.fromkeys(problems) if p not in known)
 
     # ------------------------------------------------------------------ checks
     def _check_pictures(self) -> None:
@@ -358,27 +378,5 @@ class DataSetTask(Task):
         return super().about() | {
             "data": f"hub copy {self.hub}" if self.hub else "owner's files",
             "sources": dict(self.sources),
-            "skipped_on_loading": len(self.skipped),
+            "skipped_on_loading": self._skipped_on_loading,
         }
-
-
-def hold_out(examples: Sequence[Example], wanted: float, rng: random.Random) -> tuple[list[Example], list[Example]]:
-    """(held out, rest): whole groups drawn at random until ``wanted`` examples are reached; one group at least stays.
-
-    An example without a group is a group of its own.
-    """
-    size: dict[str, int] = {}
-    for example in examples:
-        key = example.group or f"example {example.id}"
-        size[key] = size.get(key, 0) + 1
-    order = list(size)
-    rng.shuffle(order)
-    taken: set[str] = set()
-    count = 0
-    for key in order[:-1]:
-        if count >= wanted:
-            break
-        taken.add(key)
-        count += size[key]
-    held = [e for e in examples if (e.group or f"example {e.id}") in taken]
-    return held, [e for e in examples if (e.group or f"example {e.id}") not in taken]

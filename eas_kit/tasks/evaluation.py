@@ -112,6 +112,7 @@ def score(task, model, split: str, limit: int | None, batch_size: int, workers: 
     with evaluating(model):
         for opened, faulty, batch in _batches(task, examples, range(len(examples)), batch_size, True, workers):
             problems += faulty
+            task.left_out(faulty)
             if not opened:
                 continue
             sums, rights = _forced(task, model, opened, batch)
@@ -201,6 +202,7 @@ def evaluate(
     prompts = False if settings.method == "generate" else None
     with evaluating(model):
         for opened, faulty, batch in _batches(task, examples, todo, at_once, prompts, settings.workers, title):
+            task.left_out(faulty)
             made = [Prediction(p.record, None, None, problem=p.problem) for p in faulty]
             if opened:
                 made += _predict(task, model, opened, batch, settings, new_tokens, with_loss)

@@ -46,6 +46,10 @@ class Intake:
             )
         self.problems.append(problem)
 
+    def leave_out(self, problem: Problem) -> None:
+        """Remembers one that its owners published like this, so that nobody can mend it."""
+        self.problems.append(problem)
+
     @contextmanager
     def record(self, file: str, record: Any) -> Iterator[None]:
         """Around the reading of one record: a DataError inside becomes a problem of this file and record."""
@@ -89,36 +93,48 @@ class Fault:
     problem: str
 
 
-def _parse(text: str) -> Any:
-    """As json.loads, but a name twice in an object, and NaN, make a Fault of the record they are in.
+class _Decoder:
+    """As json's, but a name twice in an object, and NaN, become a Fault; ``faults`` says whether there was one."""
 
-    A record is an item of the outermost list or object. Raises JSONDecodeError, or DataError.
-    """
-    faults: list[Fault] = []
+    def __init__(self):
+        self.faults: list[Fault] = []
+        self._json = json.JSONDecoder(object_pairs_hook=self._unique, parse_constant=self._constant)
 
-    def fault(problem: str) -> Fault:
-        faults.append(Fault(problem))
-        return faults[-1]
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
         found = dict(pairs)
         if len(found) == len(pairs):
             return found
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        return fault(f"the name {twice!r} occurs twice in one object")
+        return self._fault(f"the name {twice!r} occurs twice in one object")
 
-    try:
-        found = json.loads(
-            text, object_pairs_hook=unique, parse_constant=lambda name: fault(f"{name} is no value of JSON")
-        )
-    except RecursionError:
-        raise DataError("no records: objects or lists are nested too deeply") from None
-    except json.JSONDecodeError:
-        raise
-    except ValueError as error:  # a whole number of thousands of digits
-        raise DataError(f"no records: {error}") from None
-    if faults and isinstance(found, dict | list):
+    def _constant(self, name: str) -> Fault:
+        return self._fault(f"{name} is no value of JSON")
+
+    def _fault(self, problem: str) -> Fault:
+        self.faults.append(Fault(problem))
+        return self.faults[-1]
+
+    def __call__(self, text: str, at: int | None = None) -> Any:
+        """The value of the text; or, from a place in it, the value there and its end.
+
+        Raises JSONDecodeError, or DataError where no parser gets to the end.
+        """
+        try:
+            return self._json.decode(text) if at is None else self._json.raw_decode(text, at)
+        except RecursionError:
+            raise DataError("no records: objects or lists are nested too deeply") from None
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # a whole number of thousands of digits
+            raise DataError(f"no records: {error}") from None
+
+
+def _parse(text: str) -> Any:
+    """JSON with a Fault in place of every item of the outermost list or object that has one inside."""
+    decode = _Decoder()
+    found = decode(text)
+    if decode.faults and isinstance(found, dict | list):
         for key, item in list(found.items() if isinstance(found, dict) else enumerate(found)):
             found[key] = _fault_in(item) or item
     return found
@@ -207,7 +223,7 @@ class _Text:
 
     def __init__(self, file: TextIO):
         self.file, self.text, self.at, self.dropped = file, "", 0, 0
-        self.decode = json.JSONDecoder(object_pairs_hook=_no_duplicates).raw_decode
+        self.decode = _Decoder()
 
     def more(self) -> bool:
         """Reads on, as much again as is left at least; False at the end of the file."""
@@ -243,7 +259,7 @@ class _Text:
             if end > len(self.text) - 3 and self.more():  # 12 of 123, or of 12e+3
                 continue
             self.at += ahead
-            return found
+            return (self.decode.faults and _fault_in(found)) or found
 
     def items(self) -> Iterator[Any]:
         self.sign("[")
