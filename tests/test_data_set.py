@@ -257,15 +257,11 @@ def test_where_the_data_are(tmp_path):
 
 def test_a_hub_copy_that_cannot_be_loaded_says_so_at_once(tmp_path):
     began = time.perf_counter()
-    with pytest.raises(
-        DataError, match="shapes: the hub copy 'example/no-such-copy' cannot be loaded: .*Check the name"
-    ):
+    with pytest.raises(DataError, match="shapes: the hub copy 'example/no-such-copy' cannot be loaded: .*Check"):
         Shapes(None, hub="example/no-such-copy")
     assert time.perf_counter() - began < 20
     (tmp_path / "copy").mkdir()
-    with pytest.raises(
-        DataError, match="shapes: the hub copy .*copy' cannot be loaded: .*or give data_dir. data/shapes"
-    ):
+    with pytest.raises(DataError, match="shapes: the hub copy .*copy' cannot be loaded: .*or give data_dir. data/"):
         Shapes(None, hub=str(tmp_path / "copy"))
 
 

@@ -60,7 +60,7 @@ class Conversations(DataSetTask):
         names = {role: (str(name),) for role, name in self.files.items()} or {
             role: tuple(f"{name}{end}" for name in some for end in (".json", ".jsonl")) for role, some in _USUAL.items()
         }
-        if not any(self.has(name) for some in names.values() for name in some):
+        if not self.files and not any(self.has(name) for some in names.values() for name in some):
             self.file("train.json")  # raises, saying what is there
         wanted = [role for role in names if self.files or any(map(self.has, names[role]))]
         return {role: read_conversations(self, self.file(*names[role])) for role in wanted}
