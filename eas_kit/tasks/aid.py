@@ -19,6 +19,7 @@ from eas_kit.tasks.conversations import read_conversations
 from eas_kit.tasks.data_set import Card, DataSetTask
 from eas_kit.tasks.pictures import PictureFile, Pictures
 from eas_kit.tasks.records import field
+from eas_kit.tasks.splits import sound
 
 QUESTION = "What is the label for this image?\nAnswer the question using a single word."
 _ENDS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -118,7 +119,7 @@ class AID(DataSetTask):
         classes = sorted(by_class)
         found: dict[str, list[Example]] = {"train": [], "test": []}
         for label in classes:
-            examples = sorted(by_class[label], key=lambda e: e.id)
+            examples = sound(f"class {label}", sorted(by_class[label], key=lambda e: e.id), self._intake)
             order = random.Random(f"{self.seed} {label}").sample(range(len(examples)), len(examples))
             training = set(order[: round(self.train_share * len(order))])
             for number, example in enumerate(examples):

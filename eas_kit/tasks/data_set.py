@@ -90,7 +90,7 @@ class DataSetTask(Task):
         else:
             self.folder, self.hub = self._checked_folder(data_dir), None
             found = self.read_folder()
-        found = {split: sound(split, examples, self._intake) for split, examples in found.items()}
+        found = {split: sound(f"split {split}", examples, self._intake) for split, examples in found.items()}
         found = apart(found, self._intake)
         self.owner_counts = {split: len(examples) for split, examples in found.items()}
         self._deal(found)

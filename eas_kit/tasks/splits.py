@@ -10,7 +10,7 @@ from eas_kit.tasks.pictures import PictureFile, Pictures
 from eas_kit.tasks.records import Intake, Problem
 
 
-def sound(split: str, examples: Iterable[Example], intake: Intake) -> list[Example]:
+def sound(where: str, examples: Iterable[Example], intake: Intake) -> list[Example]:
     """Without those whose id was there before, or whose texts no tokenizer takes: the intake decides on these."""
     seen: set[str] = set()
     kept = []
@@ -21,7 +21,7 @@ def sound(split: str, examples: Iterable[Example], intake: Intake) -> list[Examp
         except UnicodeEncodeError:
             problem = "a text holds half of a character (a lone surrogate), which cannot be written in UTF-8"
         if problem:
-            intake.note(Problem(f"split {split}", example.id.encode("utf-8", "backslashreplace").decode(), problem))
+            intake.note(Problem(where, example.id.encode("utf-8", "backslashreplace").decode(), problem))
             continue
         seen.add(example.id)
         kept.append(example)
