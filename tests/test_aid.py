@@ -89,11 +89,9 @@ def test_folders_further_down_and_what_does_not_belong(tmp_path):
     assert ids(AID(None, tmp_path, image_dir=messy, held_out=NONE_HELD).test) == ids(plain.test)
     (tmp_path / "one" / "Airport").mkdir(parents=True)
     shutil.copy(messy / "Airport" / "airport_1.png", tmp_path / "one" / "Airport")
-    with pytest.raises(
-        DataError, match=r"aid: wanted folders of pictures, one a class .*, or train20.json, in .*one; "
-    ):
+    with pytest.raises(DataError, match=r"aid: wanted folders of pictures, one a class .*, or train20.json, in .*one"):
         AID(None, tmp_path / "one")
-    with pytest.raises(DataError, match="in .*one; found neither. data/aid.md says which files"):
+    with pytest.raises(DataError, match="or train50.json, in .*one; found neither. data/aid.md says which files"):
         AID(None, tmp_path / "one", train_share=0.5)
 
 
@@ -107,7 +105,7 @@ def test_two_pictures_of_one_name(tmp_path):
 
 
 def test_broken_pictures_are_left_out_when_they_are_opened(tmp_path):
-    model, processor = eas.load_model("tiny")
+    processor = eas.load_model("tiny")[1]
     write(tmp_path)
     task = AID(processor, tmp_path, on_error="skip", held_out=NONE_HELD)
     broken = task.test[0].id
@@ -137,9 +135,7 @@ def test_files_in_llavas_form(tmp_path):
     assert {e.answer for e in task.test} == {"bareland"} and task.classes == ("airport", "bareland")
     assert task.test[0].question == QUESTION and task.test[0].categories == ("bareland",)
     (tmp_path / "test20.json").write_text(json.dumps([*test, train[2]]))
-    with pytest.raises(
-        DataError, match="split train, record Airport/airport_3.png: the same record is in split test as"
-    ):
+    with pytest.raises(DataError, match="split train, record Airport/airport_3.png: the same record is in split test"):
         AID(None, tmp_path)
     with pytest.raises(DataError, match="aid: wanted folders of pictures"):  # train50.json is not there
         AID(None, tmp_path, train_share=0.5, image_dir=tmp_path / "images" / "Airport")

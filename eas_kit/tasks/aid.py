@@ -82,8 +82,8 @@ class AID(DataSetTask):
             if place.is_dir() and sum(_holds_pictures(p) for p in place.iterdir() if p.is_dir()) >= 2:
                 return place
         raise DataError(
-            f"aid: wanted folders of pictures, one a class (Airport/airport_1.jpg ...), or train20.json, in"
-            f" {self.folder}; found neither. {self._where_to_get_it()}"
+            f"aid: wanted folders of pictures, one a class (Airport/airport_1.jpg ...), or"
+            f" train{round(100 * self.train_share)}.json, in {self.folder}; found neither. {self._where_to_get_it()}"
         )
 
     def read_hub(self) -> dict[str, list[Example]]:
