@@ -229,7 +229,7 @@ def hub(tmp_path, monkeypatch):
             rows = []
             for i, label in labels.items():
                 left, right = Image.new("RGB", (5, 7)), Image.new("RGB", (5, 8))
-                cells = (f"x-{i}", "A dog.", label, left, None if i == empty else right)
+                cells = (f"x-{i}", f"A dog of {split}.", label, left, None if i == empty else right)
                 rows.append(dict(zip(("identifier", *columns), cells, strict=True)))
             place = tmp_path / "copy" / "data" / f"{split}-00000-of-00001.parquet"
             place.parent.mkdir(parents=True, exist_ok=True)

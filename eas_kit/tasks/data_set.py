@@ -171,7 +171,12 @@ class DataSetTask(Task):
                 raise DataError(f"{self.name}: image_dir {self.image_dir} is not a folder")
             return self.image_dir
         folders = [self._inside or self.folder, self.folder]
-        return next(p for name in (*self.image_dirs, ".") for f in folders if (p := f / name).is_dir())
+        places = [
+            folder / name
+            for name in (*self.image_dirs, ".")
+            for folder in (folders if name != "." else folders[1:])  # the file's own folder is one of texts, mostly
+        ]
+        return next(filter(Path.is_dir, places))
 
     def picture(self, record: str, *places: str, root: Path | None = None) -> PictureFile:
         """The picture at the first of `places` (relative to the root) that exists; DataError if none does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -91,6 +92,11 @@ class PictureCell:
         if data is None and path is None:
             raise PictureError(self, "is empty")
         return io.BytesIO(data) if data is not None else path
+
+    def digest(self) -> str:
+        """The same for the same picture in another row."""
+        cell = self.rows[self.row][self.column] or {}
+        return hashlib.sha256(cell.get("bytes") or str(cell.get("path")).encode()).hexdigest()
 
 
 class Pictures(Sequence):

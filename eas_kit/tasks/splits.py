@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from eas_kit.tasks.base import Example
@@ -16,8 +17,9 @@ def sound(where: str, examples: Iterable[Example], intake: Intake) -> list[Examp
     kept = []
     for example in examples:
         problem = "this id occurs twice" if example.id in seen else None
+        text = "".join(_texts(example))
         try:
-            "".join(_texts(example)).encode()
+            text.isascii() or text.encode()
         except UnicodeEncodeError:
             problem = "a text holds half of a character (a lone surrogate), which cannot be written in UTF-8"
         if problem:
@@ -31,14 +33,15 @@ def sound(where: str, examples: Iterable[Example], intake: Intake) -> list[Examp
 def apart(found: Mapping[str, Sequence[Example]], intake: Intake) -> dict[str, list[Example]]:
     """Without records that are in a later split as well (train, val, test): what was trained on is no test.
 
-    The same record is one with the same id, texts and picture files: ids may count from 0 in every file.
+    The same record is one with the same id, texts and pictures: ids may count from 0 in every file.
     """
+    count = Counter(name for examples in found.values() for name in {e.id for e in examples})
     seen: dict[tuple[str, ...], str] = {}
     kept: dict[str, list[Example]] = {}
     for split in reversed(found):
         kept[split] = []
         for example in found[split]:
-            other = seen.setdefault(_fingerprint(example), split)
+            other = split if count[example.id] == 1 else seen.setdefault(_fingerprint(example), split)
             if other == split:
                 kept[split].append(example)
             else:
@@ -53,7 +56,7 @@ def _texts(example: Example) -> tuple[str, ...]:
 
 def _fingerprint(example: Example) -> tuple[str, ...]:
     sources = example.images.sources if isinstance(example.images, Pictures) else ()
-    return (*_texts(example), *(source.path for source in sources if isinstance(source, PictureFile)))
+    return (*_texts(example), *(s.path if isinstance(s, PictureFile) else s.digest() for s in sources))
 
 
 def hold_out(examples: Sequence[Example], wanted: int, rng: random.Random) -> tuple[list[Example], list[Example]]:
