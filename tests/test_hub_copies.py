@@ -11,6 +11,7 @@ from PIL import Image
 import eas_kit as eas
 from eas_kit.errors import DataError
 from eas_kit.tasks.base import ROLES
+from eas_kit.tasks.check import check_data
 from eas_kit.tasks.scienceqa import ScienceQA
 
 
@@ -80,6 +81,15 @@ def test_scienceqa_copy_equals_the_owners_files(tmp_path):
     assert [e.id for e in two.test] == [f"test-{row}" for row in range(5)]  # the copy has no ids
     assert one.collate(one.test)["pixel_values"].equal(two.collate(two.test)["pixel_values"])
     assert two.about()["data"] == f"hub copy {copy}" and one.about()["data"] == "owner's files"
+
+
+def test_check_opens_the_pictures_of_every_split(tmp_path):
+    owner, copy = write_both(tmp_path)
+    (owner / "images" / "test" / "27" / "image.png").write_bytes(b"broken")
+    for where in ({"hub": copy}, {"data_dir": owner}):
+        found = check_data("scienceqa", open_pictures=None, **where)
+        assert (found.pictures, found.opened) == (15, 15) and found.counts == {"train": 20, "val": 5, "test": 5}
+        assert [p.record for p in found.problems] == (["27"] if "data_dir" in where else [])
 
 
 def test_a_copy_is_loaded_once_for_all_splits(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from eas_kit.errors import DataError
-from eas_kit.tasks.records import read_json_items
+from eas_kit.tasks.records import field, read_json_items
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 22])
@@ -27,7 +27,6 @@ def test_large_json_is_read_item_by_item(tmp_path, monkeypatch, chunk):
     wrong = {
         '{"list": [1,]}': "Expecting value at character 13",
         '{"list": [1 2]}': "wanted , or ] at character 13",
-        '{"list": [{"a": 1, "a": 2}]}': "the name 'a' occurs twice in one object",
         '{"list": {"a": 1}}': "field 'list' should be list, it is dict {'a': 1}",
         '{"list": [], "list": []}': "wanted a new name in quotes, got str 'list'",
         '{"b": 1}': "there is no field 'list'",
@@ -39,6 +38,13 @@ def test_large_json_is_read_item_by_item(tmp_path, monkeypatch, chunk):
         with pytest.raises(DataError) as error:
             list(read_json_items(path, "list"))
         assert message in str(error.value) and "x.json" in str(error.value)
+    path.write_text('{"list": [{"a": 1}, {"b": [{"a": 1, "a": 2}]}, {"a": NaN}, {"a": 3}]}')
+    first, twice, nan, last = read_json_items(path, "list")  # what is wrong in one item is that item's fault
+    assert (first, last) == ({"a": 1}, {"a": 3})
+    with pytest.raises(DataError, match="^the name 'a' occurs twice in one object$"):
+        field(twice, "a", int)
+    with pytest.raises(DataError, match="^NaN is no value of JSON$"):
+        field(nan, "a", int)
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):

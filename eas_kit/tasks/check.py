@@ -110,5 +110,7 @@ def check_data(
 
 def _pictures(examples: Iterable[Any]) -> list[Any]:
     """Every picture once, though many examples may refer to it."""
-    found = {s.name: s for e in examples if isinstance(e.images, Pictures) for s in e.images.sources}
+    sources = (s for e in examples if isinstance(e.images, Pictures) for s in e.images.sources)
+    # rows of a hub copy are numbered from 0 in every split
+    found = {(id(getattr(s, "rows", None)), s.name): s for s in sources}
     return list(found.values())

@@ -188,7 +188,7 @@ def read_json_items(path: Path, name: str) -> Iterator[Any]:
     """The items of the list ``name`` in a JSON file whose outermost value is an object, one by one.
 
     Neither the text nor what was parsed is ever held as a whole: files of hundreds of MB take some MB. DataError for
-    what ``read_json`` finds wrong, as soon as the place is reached.
+    what ``read_json`` finds wrong, as soon as the place is reached; an item with a fault of its own is a Fault.
     """
     with _readable(path), open(path, encoding="utf-8-sig") as file:
         text = _Text(file)
