@@ -83,10 +83,13 @@ class ScienceQA(DataSetTask):
         captions = read_json(self.file("captions.json"), dict) if self.captions else {}
         captions = field(captions, "captions", dict, default={})
         found: dict[str, list[Example]] = {}
+        first: dict[str, str] = {}  # id -> the first split that names it
         for split in ("train", "val", "test"):
             found[split] = []
             for pid in field(splits, split, list, default=[]):
                 with self.reading(problems_file, pid):
+                    if first.setdefault(str(pid), split) != split:
+                        raise DataError(f"is in split {first[str(pid)]} and in split {split} of {splits_file.name}")
                     if str(pid) not in problems:
                         raise DataError(f"split {split} of {splits_file.name} names it, and it is not there")
                     found[split].append(self._from_file(str(pid), problems[str(pid)], split, captions))
@@ -101,7 +104,7 @@ class ScienceQA(DataSetTask):
         if name:
             places = (f"{split}/{pid}/{name}", f"{pid}/{name}")
             images = Pictures(self.picture(pid, *places))
-        return self._example(pid, record, images, captions.get(pid, ""))
+        return self._example(pid, record, images, field(captions, pid, str, default=""))
 
     def read_hub(self) -> dict[str, list[Example]]:
         found: dict[str, list[Example]] = {}
@@ -164,7 +167,13 @@ class ScienceQA(DataSetTask):
 
         (Their own runs draw an option at random there.)
         """
-        return {"results": {pid: LETTERS.index(a) if a else -1 for pid, a in answers.items()}}
+        wrong = next((pid for pid, a in answers.items() if a is not None and (len(a) != 1 or a not in LETTERS)), None)
+        if wrong is not None:
+            raise DataError(
+                f"{self.name}: the answer to {wrong} is a letter, A to {LETTERS[-1]}, not {answers[wrong]!r}; give"
+                ' what a model wrote as "text", and it is parsed'
+            )
+        return {"results": {pid: -1 if a is None else LETTERS.index(a) for pid, a in answers.items()}}
 
 
 def _columns(record: dict[str, Any], hint: str, images: Sequence[Any]) -> tuple[str, ...]:
