@@ -24,6 +24,7 @@ from eas_kit.tasks.pictures import PictureError
 from eas_kit.tasks.records import Problem
 
 ROLES = ("train", "search", "val", "test")
+_ANCHOR = 64  # characters of a prompt before a target, so that a special token at its end is whole
 IMAGE = "<image>"  # where a picture stands in the text of a question, as LLaVA's conversation files have it
 
 
@@ -206,7 +207,14 @@ class Task:
                 content += [{"type": "text", "text": piece}] * bool(piece)
         return {"role": role, "content": content}
 
+    def _need_processor(self) -> None:
+        if self.processor is None:
+            raise TaskError(
+                f"{self.name} was loaded without a processor, to score answers only; load it with the model's"
+            )
+
     def _chat(self, turns: list[dict[str, Any]], **settings) -> str:
+        self._need_processor()
         if getattr(self.processor, "chat_template", None) is None:
             raise TaskError(
                 f"{self.name}: this {type(self.processor).__name__} has no chat template, so it is not known how its"
@@ -227,10 +235,7 @@ class Task:
         return "" if prompt[-1:].isspace() else " "
 
     def _prompts(self, examples: Sequence[Example]) -> BatchFeature:
-        if self.processor is None:
-            raise TaskError(
-                f"{self.name} was loaded without a processor, to score answers only; load it with the model's"
-            )
+        self._need_processor()
         texts = [self.prompt_text(e) for e in examples]
         images = [list(e.images) for e in examples]
         bos = self.tokenizer.bos_token
@@ -269,11 +274,12 @@ class Task:
         They are the ids that the target has behind its prompt, which is not always what a tokenizer makes of it alone
         (SentencePiece puts a blank of its own in front).
         """
+        self._need_processor()
         scored, rest = self.target_text(example)
         if not scored.strip():
             raise TaskError(f"{self.name}: example {example.id} has no answer to be trained on or scored by")
         scored = self.lead + scored.lstrip(" ")
-        anchor = self.prompt_text(example)[-1:]
+        anchor = self.prompt_text(example)[-_ANCHOR:]
         before, first, whole = (self._ids(anchor + text) for text in ("", scored, scored + rest))
         if first[: len(before)] != before or whole[: len(first)] != first:  # they grow together with what is before
             before, first = [], self._ids(scored)
