@@ -276,7 +276,7 @@ class Task:
         """
         self._need_processor()
         scored, rest = self.target_text(example)
-        if not scored.strip():
+        if not example.answer.strip() or not scored.strip():
             raise TaskError(f"{self.name}: example {example.id} has no answer to be trained on or scored by")
         scored = self.lead + scored.lstrip(" ")
         anchor = self.prompt_text(example)[-_ANCHOR:]
@@ -324,8 +324,11 @@ class Task:
                 f"{self.name}: no example of this batch has pictures that can be opened; the first: {problems[0]}"
             )
         batch = self._prompts(examples)
-        if not answers:
-            return batch
+        return self.with_answers(batch, examples) if answers else batch
+
+    def with_answers(self, prompts: Mapping[str, Any], examples: Sequence[Example]) -> BatchFeature:
+        """The batch with labels, from that of the same examples' prompts: pictures are not processed again."""
+        batch = BatchFeature(dict(prompts))
         targets = [torch.tensor(self.target_ids(e)[0]) for e in examples]
         keep = batch["attention_mask"].bool()
         length = max(int(m.sum()) + len(t) for m, t in zip(keep, targets, strict=True))

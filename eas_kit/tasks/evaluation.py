@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from eas_kit.errors import DataError, TaskError
+from eas_kit.errors import DataError, EASError, TaskError
 from eas_kit.modes import eval_mode
 from eas_kit.tasks.metrics import by_category
 from eas_kit.tasks.predictions import Prediction, PredictionsFile, read_predictions
@@ -54,7 +54,8 @@ def evaluating(model) -> Iterator[None]:
 class _Batches(Dataset):
     """Item i: (examples with their pictures open, problems with others, the collated batch) of the i-th batch.
 
-    answers: with the wanted answers, prompts alone, or (None) nothing collated.
+    answers: with the wanted answers, prompts alone, or (None) nothing collated. An error is an item too: raised in a
+    worker it would come out with that process's traceback for a message.
     """
 
     def __init__(self, task, examples: Sequence, batches: list[list[int]], answers: bool | None):
@@ -64,6 +65,12 @@ class _Batches(Dataset):
         return len(self.batches)
 
     def __getitem__(self, i: int):
+        try:
+            return self._batch(i)
+        except EASError as error:
+            return error
+
+    def _batch(self, i: int):
         opened, problems = self.task.opened([self.examples[n] for n in self.batches[i]])
         collated = opened and self.answers is not None
         return opened, problems, dict(self.task.collate(opened, answers=self.answers)) if collated else {}
@@ -81,11 +88,14 @@ def _batches(
     order = sorted(numbers, key=length, reverse=True)
     parts = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     loader = DataLoader(_Batches(task, examples, parts, answers), batch_size=None, num_workers=workers)
-    if not title:
-        return loader
-    from tqdm.auto import tqdm
+    if title:
+        from tqdm.auto import tqdm
 
-    return tqdm(loader, desc=title, leave=False)
+        loader = tqdm(loader, desc=title, leave=False)
+    for item in loader:
+        if isinstance(item, EASError):
+            raise item
+        yield item
 
 
 # ---------------------------------------------------------------------- teacher forcing
@@ -93,15 +103,18 @@ def _forced(task, model, examples: Sequence, batch) -> tuple[torch.Tensor, torch
     """(B, 3) by example: sum of losses in nats, count of target tokens, count of those hit; and (B,) bool, right."""
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    logits = model(**batch).logits[:, :-1].float()  # (B, S - 1, vocabulary)
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
-    hit = (logits.argmax(-1) == labels) | ~counted
-    scored = torch.tensor([task.target_ids(e)[1] for e in examples], device=device)
+    logits = model(**batch).logits[:, :-1][counted].float()  # (T, vocabulary): prompts are long, and carry no loss
+    wanted = labels[counted]
+    right_token = (logits.argmax(-1) == wanted).cpu()
+    each = cross_entropy(logits, wanted, reduction="none").cpu().double()
+    counted = counted.cpu()
+    hit = torch.ones_like(counted).masked_scatter_(counted, right_token)
+    scored = torch.tensor([task.target_ids(e)[1] for e in examples])
     right = (hit | (counted.cumsum(1) > scored[:, None])).all(1)  # 1 at the first target token
-    each = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-    sums = torch.stack([each.double().sum(1), counted.sum(1).double(), (hit & counted).sum(1).double()], 1)
-    return sums, right
+    losses = torch.zeros(counted.shape, dtype=torch.float64).masked_scatter_(counted, each)
+    return torch.stack([losses.sum(1), counted.sum(1).double(), (hit & counted).sum(1).double()], 1), right
 
 
 def score(task, model, split: str, limit: int | None, batch_size: int, workers: int = 0) -> dict[str, Any]:
@@ -116,7 +129,7 @@ def score(task, model, split: str, limit: int | None, batch_size: int, workers: 
             if not opened:
                 continue
             sums, rights = _forced(task, model, opened, batch)
-            total += sums.sum(0).cpu()
+            total += sums.sum(0)
             right += int(rights.sum())
             count += len(opened)
     if count == 0:
@@ -134,8 +147,8 @@ def room(task, examples: Sequence) -> int:
     """New tokens for a written answer: the same for every example, whatever batch it falls into."""
     if task.max_new_tokens is not None:
         return task.max_new_tokens
-    known = [e for e in examples if e.answer]
-    return max((task.target_ids(e)[1] for e in known), default=12) + 4
+    known = {task.target_text(e)[0]: e for e in examples if e.answer}  # many have the same answer
+    return max((task.target_ids(e)[1] for e in known.values()), default=12) + 4
 
 
 def _written(task, model, examples: Sequence, inputs, new_tokens: int, generation: dict[str, Any]) -> list[str]:
@@ -149,10 +162,13 @@ def _written(task, model, examples: Sequence, inputs, new_tokens: int, generatio
 
 def answers(task, model, examples: Sequence) -> list[str | None]:
     """See ``Task.answers``."""
-    with evaluating(model):
-        inputs = task.collate(examples, answers=False)
-        texts = _written(task, model, examples, inputs, room(task, examples), {})
-    return [task.parse(text, example) for text, example in zip(texts, examples, strict=True)]
+    opened, _ = task.opened(examples)
+    found: dict[str, str | None] = {}
+    if opened:
+        with evaluating(model):
+            texts = _written(task, model, opened, task.collate(opened, answers=False), room(task, examples), {})
+        found = {e.id: task.parse(text, e) for text, e in zip(texts, opened, strict=True)}
+    return [found.get(e.id) for e in examples]
 
 
 def _by_option(task, model, examples: Sequence) -> list[str]:
@@ -190,10 +206,14 @@ def evaluate(
         "max_new_tokens": new_tokens,
         "generation": settings.generation,
         "with_loss": with_loss,
-        "model": _describe(model),
+        **_describe(model),
     }
-    file = None if path is None else PredictionsFile(path, task.about() | made_by, known={e.id for e in examples})
+    _check_ids(task, split, examples)
+    file = None if path is None else PredictionsFile(path, task.about() | made_by)
     found: dict[str, Prediction] = {} if file is None else dict(file.done)
+    strange = _strange(task, split, examples, found)
+    if strange is not None:
+        raise DataError(f"{path} holds an answer to {strange!r}, which is not in split {split}; give another file")
     todo = [i for i, e in enumerate(examples) if e.id not in found]
     at_once = settings.batch_size
     if settings.method == "options":  # every option is a row of its own
@@ -222,7 +242,8 @@ def _predict(task, model, opened, batch, settings: Settings, new_tokens: int, wi
         texts, parsed = [None] * len(opened), _by_option(task, model, opened)
     losses = tokens = [None] * len(opened)
     if with_loss:
-        sums, _ = _forced(task, model, opened, task.collate(opened))
+        labelled = task.with_answers(batch, opened) if batch else task.collate(opened)
+        sums, _ = _forced(task, model, opened, labelled)
         losses, tokens = sums[:, 0].tolist(), [int(n) for n in sums[:, 1].tolist()]
     rows = zip(opened, texts, parsed, losses, tokens, strict=True)
     return [Prediction(e.id, text, answer, loss, count) for e, text, answer, loss, count in rows]
@@ -231,16 +252,39 @@ def _predict(task, model, opened, batch, settings: Settings, new_tokens: int, wi
 def _describe(model) -> dict[str, Any]:
     """What tells one model from another in a predictions file, so that no answers of another one are taken over.
 
-    ``weights`` is a hash of 64 numbers from every parameter: training moves all of them.
+    ``weights`` is a hash of 64 numbers or more from every parameter: training moves all of them.
     """
-    found = {"class": type(model).__name__, "name": getattr(getattr(model, "config", None), "_name_or_path", None)}
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         if not flat.is_meta and len(flat):  # offloaded weights are elsewhere
-            digest.update(name.encode() + flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes())
+            some = flat[:: max(1, len(flat) // 64)].cpu().double()
+            digest.update(f"{key} {parameter.dtype} ".encode() + some.numpy().tobytes())
     mask = getattr(model, "mask", None)
-    return found | {"mask": None if mask is None else list(mask), "weights": digest.hexdigest()[:16]}
+    return {
+        "model": type(model).__name__,
+        "model_name": name,
+        "mask": None if mask is None else list(mask),
+        "weights": digest.hexdigest()[:16],
+    }
+
+
+def _check_ids(task, split: str, examples: Sequence) -> None:
+    """Answers are kept by id: of two examples with one id, each would get the answer of the later."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise TaskError(f"{task.name}: two examples of {split} have the id {example.id!r}; give each its own")
+        seen.add(example.id)
+
+
+def _strange(task, split: str, examples: Sequence, found: Iterable[str]) -> str | None:
+    """The first id that the split does not have; the whole split is looked at only where ``examples`` lack one."""
+    unknown = set(found) - {e.id for e in examples}
+    if unknown and len(examples) < len(task.split(split)):
+        unknown -= {e.id for e in task.split(split)}
+    return next((i for i in found if i in unknown), None)
 
 
 # ---------------------------------------------------------------------- results
@@ -261,12 +305,14 @@ def answers_in(task, path: str | Path, split: str) -> dict[str, str | None]:
 
 def _read_parsed(task, path: str | Path, split: str, examples: Sequence) -> dict[str, Prediction]:
     """Predictions by id, texts parsed anew; DataError if they are not those of the examples."""
-    known = {e.id for e in task.split(split)}
+    _check_ids(task, split, examples)
     found = {p.id: p for p in read_predictions(path)}
-    unknown = [i for i in found if i not in known]
+    unknown = _strange(task, split, examples, found)
     missing = [e.id for e in examples if e.id not in found]
-    if unknown or missing:
-        which = f"id {unknown[0]!r} is not in it" if unknown else f"{len(missing)} ids are missing, as {missing[0]!r}"
+    if unknown is not None or missing:
+        which = f"id {unknown!r} is not in it"
+        if unknown is None:
+            which = f"{len(missing)} ids are missing, as {missing[0]!r}"
         raise DataError(
             f"{task.name}: {path} does not fit split {split} of {len(examples)} examples: {which}. Is it of another"
             " split, or was the run that made it stopped? (limit=... scores the first examples only)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ class Prediction:
     problem: str | None = None
 
 
+_KINDS = {"text": str, "answer": str, "loss": int | float, "tokens": int, "problem": str}
+
+
 def settings_path(path: str | os.PathLike) -> Path:
     """Where the settings of a predictions file stand: ``name.settings.json`` beside ``name.jsonl``."""
     return Path(path).with_suffix(".settings.json")
@@ -40,13 +43,12 @@ class PredictionsFile:
     Args:
         path: .jsonl; made, with its folder, if it is not there.
         settings: everything the answers depend on; kept beside the file.
-        known: the ids of the split.
 
     Raises:
-        DataError: if the file was made with other settings, for another split, or is broken before its last line.
+        DataError: if the file was made with other settings, or is broken before its last line.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any], known: Set[str]):
+    def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
             raise DataError(f"predictions are written to a file .jsonl, not {self.path}")
@@ -57,11 +59,6 @@ class PredictionsFile:
             self._check(beside, settings)
             drop_torn_line(self.path)
             self.done = {p.id: p for p in read_predictions(self.path)}
-            strange = next((i for i in self.done if i not in known), None)
-            if strange is not None:
-                raise DataError(
-                    f"{self.path} holds an answer to {strange!r}, which is not in this split; give another file"
-                )
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -72,7 +69,10 @@ class PredictionsFile:
                 f"{self.path} exists without {beside.name}, so it is not known how it was made; give another file, or"
                 " delete it"
             )
-        before = json.loads(beside.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(beside.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{beside} is broken ({error}); give another file, or delete it and {self.path}") from None
         other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if other:
             changes = "; ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in other)
@@ -120,7 +120,11 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
             raise DataError(
                 f'{path}, line {number}: wanted {{"id": ..., "text": ...}} or with "answer", got {line[:60]}'
             )
-        one = Prediction(str(row["id"]), *(row.get(name) for name in ("text", "answer", "loss", "tokens", "problem")))
+        for name, kind in _KINDS.items():
+            if row.get(name) is not None and not isinstance(row[name], kind):
+                kinds = "a text" if kind is str else "a number"
+                raise DataError(f"{path}, line {number}: {name!r} should be {kinds} or null, it is {row[name]!r:.60}")
+        one = Prediction(str(row["id"]), *(row.get(name) for name in _KINDS))
         if one.id in found:
             raise DataError(f"{path}, line {number}: {one.id!r} was answered before")
         found[one.id] = one
