@@ -319,6 +319,8 @@ def _read_parsed(task, path: str | Path, split: str, examples: Sequence) -> dict
         )
     for example in examples:
         one = found[example.id]
+        if isinstance(one.answer, list):
+            raise DataError(f"{path}: the answer to {one.id!r} should be a text or null, it is {one.answer!r:.60}")
         if one.text is not None:
             found[example.id] = replace(one, answer=task.parse(one.text, example))
     return found

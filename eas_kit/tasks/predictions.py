@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,21 @@ from eas_kit.errors import DataError
 class Prediction:
     """What a model answered to one example.
 
-    ``text``: as written, None where nothing was (method "options"); ``answer``: found in it, None if unparsed;
-    ``loss``: sum over the target's ``tokens`` in nats, None where it was not asked for; ``problem``: why there is no
-    answer (its picture could not be opened, and the task was loaded with on_error="skip").
+    ``text``: as written, None where nothing was (method "options"); ``answer``: found in it, None if unparsed, or a
+    picture's scores with all captions (retrieval); ``loss``: sum over the target's ``tokens`` in nats, None where it
+    was not asked for; ``problem``: why there is no answer (its picture could not be opened, and the task was loaded
+    with on_error="skip").
     """
 
     id: str
     text: str | None
-    answer: str | None
+    answer: str | list[float] | None
     loss: float | None = None
     tokens: int | None = None
     problem: str | None = None
 
 
-_KINDS = {"text": str, "answer": str, "loss": int | float, "tokens": int, "problem": str}
+_KINDS = {"text": str, "answer": str | list, "loss": int | float, "tokens": int, "problem": str}
 
 
 def settings_path(path: str | os.PathLike) -> Path:
@@ -43,12 +44,14 @@ class PredictionsFile:
     Args:
         path: .jsonl; made, with its folder, if it is not there.
         settings: everything the answers depend on; kept beside the file.
+        known: all ids that can be in it; None where the caller looks at that.
 
     Raises:
-        DataError: if the file was made with other settings, or is broken before its last line.
+        DataError: if the file was made with other settings, holds an id that is not known, or is broken before its
+            last line.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
+    def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any], known: Set[str] | None = None):
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
             raise DataError(f"predictions are written to a file .jsonl, not {self.path}")
@@ -59,6 +62,11 @@ class PredictionsFile:
             self._check(beside, settings)
             drop_torn_line(self.path)
             self.done = {p.id: p for p in read_predictions(self.path)}
+            strange = None if known is None else next((i for i in self.done if i not in known), None)
+            if strange is not None:
+                raise DataError(
+                    f"{self.path} holds an answer to {strange!r}, which is not in this split; give another file"
+                )
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -122,7 +130,7 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
             )
         for name, kind in _KINDS.items():
             if row.get(name) is not None and not isinstance(row[name], kind):
-                kinds = "a text" if kind is str else "a number"
+                kinds = "a text" if name in ("text", "answer", "problem") else "a number"
                 raise DataError(f"{path}, line {number}: {name!r} should be {kinds} or null, it is {row[name]!r:.60}")
         one = Prediction(str(row["id"]), *(row.get(name) for name in _KINDS))
         if one.id in found:
