@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 from . import __version__
 from .errors import EASError, TaskError
@@ -143,14 +144,32 @@ def _data_list(args: argparse.Namespace) -> int:
 
     for name, card in data_sets().items():
         sizes = ", ".join(f"{split} {count:,}" for split, count in card.published.items())
-        print(f"{name:<14}{card.title:<28}{sizes}\n{'':<14}{card.page}; {card.licence}; hub copy: {card.hub or 'none'}")
+        print(f"{name:<14}{card.title:<30}{sizes}".rstrip())
+        print(f"{'':<14}{card.page}; {card.licence}; hub copy: {card.hub or 'none'}")
     return 0
 
 
-def _settings(args: argparse.Namespace) -> dict:
+def _settings(args: argparse.Namespace, *fixed: str) -> dict:
+    """The settings given by -p, read as YAML; `fixed` are those that the command has another way to say, or none."""
     import yaml
 
-    return {name: yaml.safe_load(value) for name, value in args.p}
+    found = {}
+    for name, value in args.p:
+        if name in ("name", "processor", "data_dir", *fixed):
+            raise TaskError(f"-p {name}: this is no setting here; see eas-kit data {args.verb} --help")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise TaskError(f"-p {name}: {value!r} is no valid YAML: {getattr(error, 'problem', error)}") from None
+    return found
+
+
+@contextmanager
+def _writing(path: str):
+    try:
+        yield
+    except OSError as error:
+        raise TaskError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _data_check(args: argparse.Namespace) -> int:
@@ -159,7 +178,8 @@ def _data_check(args: argparse.Namespace) -> int:
     if args.open != "all" and not args.open.isdecimal():
         raise TaskError(f"--open is a number of pictures or 'all', not {args.open!r}")
     count = None if args.open == "all" else int(args.open)
-    found = check_data(args.name, args.data_dir, args.hub, count, progress=sys.stderr.isatty(), **_settings(args))
+    settings = _settings(args, "hub", "open_pictures", "progress")
+    found = check_data(args.name, args.data_dir, args.hub, count, progress=sys.stderr.isatty(), **settings)
     print(found.text())
     return 0 if found.ok else 1
 
@@ -167,7 +187,8 @@ def _data_check(args: argparse.Namespace) -> int:
 def _data_task(args: argparse.Namespace):
     from .tasks import load_task
 
-    return load_task(args.name, None, data_dir=args.data_dir, check_images=False, **_settings(args))
+    settings = _settings(args, "hub", "check_images")  # no picture is needed for scores
+    return load_task(args.name, None, data_dir=args.data_dir, check_images=False, **settings)
 
 
 def _data_score(args: argparse.Namespace) -> int:
@@ -178,7 +199,9 @@ def _data_score(args: argparse.Namespace) -> int:
 
 
 def _data_export(args: argparse.Namespace) -> int:
-    count = _data_task(args).export_predictions(args.predictions, args.out, args.split)
+    task = _data_task(args)
+    with _writing(args.out):
+        count = task.export_predictions(args.predictions, args.out, args.split)
     print(f"{args.out}: {count:,} answers")
     return 0
 
@@ -186,7 +209,8 @@ def _data_export(args: argparse.Namespace) -> int:
 def _data_make(args: argparse.Namespace) -> int:
     from .tasks.made_up import write_scienceqa
 
-    print(write_scienceqa(args.folder, args.records, args.seed))
+    with _writing(args.folder):
+        print(write_scienceqa(args.folder, args.records, args.seed))
     return 0
 
 

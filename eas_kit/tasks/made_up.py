@@ -16,7 +16,7 @@ from eas_kit.tasks.elements import Elements
 
 _SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
 _GRADES = {"G1-6": "grade4", "G7-12": "grade9"}
-_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}  # as ScienceQA's own
+_SHARES = {"val": 0.2, "test": 0.2}  # as ScienceQA's own
 
 
 def write_scienceqa(folder: str | os.PathLike, records: int = 200, seed: int = 0) -> Path:
@@ -33,18 +33,20 @@ def write_scienceqa(folder: str | os.PathLike, records: int = 200, seed: int = 0
     folder = Path(folder)
     if (folder / "problems.json").exists():
         raise TaskError(f"write_scienceqa: {folder} has a problems.json already; give another folder")
-    made = Elements(None, seed=seed)
+    val, test = round(_SHARES["val"] * records), round(_SHARES["test"] * records)
+    sizes = {"train": records - val - test, "val": val, "test": test}
+    made = Elements(None, sizes, seed)
     problems: dict[str, dict[str, Any]] = {}
     splits: dict[str, list[str]] = {}
-    for split, share in _SHARES.items():
+    for split in sizes:
         splits[split] = []
-        for example in made.split(split, round(share * records)):
+        for example in made.split(split):
             pid = str(len(problems) + 1)
             problems[pid] = _record(example, split)
             splits[split].append(pid)
             if example.images:
                 place = folder / "images" / split / pid / "image.png"
-                place.parent.mkdir(parents=True)
+                place.parent.mkdir(parents=True, exist_ok=True)  # of a run that was stopped
                 example.images[0].save(place)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pid_splits.json").write_text(json.dumps(splits), encoding="utf-8")
