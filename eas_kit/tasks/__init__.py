@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 from typing import Any
 
@@ -64,10 +65,11 @@ def load_task(name: str | type, processor, **settings):
     try:
         return found(processor, **settings)
     except TypeError as error:
-        if "__init__() got an unexpected keyword argument" not in str(error):
-            raise
-        what = str(error).rpartition("argument ")[2]
-        raise TaskError(f"{name}: there is no setting {what}; it has {', '.join(_settings(found))}") from error
+        wrong = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if wrong is None or wrong[1] not in settings:
+            raise  # of something that the task makes
+        title, known = name if isinstance(name, str) else name.__name__, ", ".join(_settings(found)) or "none"
+        raise TaskError(f"{title}: there is no setting {wrong[1]!r}; it has {known}") from error
 
 
 def _settings(task: type) -> list[str]:
@@ -88,12 +90,17 @@ def _find(name: str) -> type:
         )
     if os.getcwd() not in sys.path:  # a notebook's folder is there, that of eas-kit is not
         sys.path.append(os.getcwd())
+    if not module or not attribute:
+        raise TaskError(f"task {name!r}: wanted 'module:Class', as in 'my_task:MyTask' for the class of my_task.py")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name and module != error.name and not module.startswith(f"{error.name}."):
+            raise  # of what the module itself imports
         raise TaskError(f"task {name!r}: {error}; is {module}.py in the working folder or on the path?") from error
-    except AttributeError:
-        raise TaskError(f"task {name!r}: module {module} has no class {attribute}") from None
+    found = getattr(loaded, attribute, None)
+    if not isinstance(found, type):
+        raise TaskError(f"task {name!r}: module {module} has no class {attribute}")
     return found
 
 
