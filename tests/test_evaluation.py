@@ -13,6 +13,7 @@ import eas_kit as eas
 from eas_kit.errors import TaskError
 from eas_kit.models.tiny.architecture import make_model, make_processor
 from eas_kit.tasks import load_task
+from eas_kit.tasks.evaluation import _Batches
 from eas_kit.tasks.made_up import write_scienceqa
 
 SPLIT, COUNT = "test", 10
@@ -174,3 +175,14 @@ def test_merged_inside_generate(task, processor, monkeypatch):
     merged = task.evaluate(net, SPLIT, limit=6, batch_size=3, generation={"merge": "low_rank"})
     agree(plain, merged)
     assert asked == [None, None, "low_rank", "low_rank"]
+
+
+def test_pictures_travel_once(task):
+    """From a worker come tensors and numbers; the opened pictures only where the batch is not made there."""
+    for answers in (True, False):
+        found, problems, batch = _Batches(task, task.test, [[2, 0, 1]], answers)[0]
+        assert (found, problems) == ([2, 0, 1], []) and len(batch["input_ids"]) == 3
+        assert ("labels" in batch) == answers
+    found, problems, batch = _Batches(task, task.test, [[2, 0, 1]], None)[0]
+    assert [e.id for e in found] == [task.test[n].id for n in (2, 0, 1)] and batch == {}
+    assert all(type(e.images) is tuple for e in found) and any(e.images for e in found)

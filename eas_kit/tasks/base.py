@@ -392,6 +392,11 @@ class Task:
             ``parser``, ``method``, ``seed``, ``unparsed`` (how many), ``unparsed_examples`` (the first of their texts),
             ``skipped`` (examples left out for their pictures), ``seconds``, ``columns`` (accuracy by category) and
             ``column_counts``; for real data also where they come from.
+
+        Raises:
+            TaskError: for settings that make no sense, a split that is empty, or two examples with one id.
+            DataError: for a picture that cannot be opened (but see ``on_error``), or a predictions file that was made
+                with other settings, by another model, or is broken.
         """
         settings = evaluation.Settings(method, batch_size, workers, with_loss, progress, dict(generation or {}))
         return evaluation.evaluate(self, model, split, limit, settings, predictions)
@@ -413,7 +418,10 @@ class Task:
         return {}
 
     def answers(self, model, examples: Sequence[Example]) -> list[str | None]:
-        """The model's own words on one batch of examples, greedily written and parsed."""
+        """The model's own words on one batch of examples, greedily written and parsed; None where nothing was found.
+
+        With on_error="skip" also where a picture cannot be opened.
+        """
         return evaluation.answers(self, model, examples)
 
     def to_hf(self, split: str | None = None):

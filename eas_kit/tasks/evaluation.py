@@ -52,10 +52,11 @@ def evaluating(model) -> Iterator[None]:
 
 # ---------------------------------------------------------------------- batches
 class _Batches(Dataset):
-    """Item i: (examples with their pictures open, problems with others, the collated batch) of the i-th batch.
+    """Item i: (examples, problems with others, the collated batch) of the i-th batch.
 
-    answers: with the wanted answers, prompts alone, or (None) nothing collated. An error is an item too: raised in a
-    worker it would come out with that process's traceback for a message.
+    answers: with the wanted answers, prompts alone, or (None) nothing collated. What is collated comes with the numbers
+    of its examples alone, as pictures need not travel from a worker twice; else with the opened examples. An error is
+    an item too: raised in a worker it would come out with that process's traceback for a message.
     """
 
     def __init__(self, task, examples: Sequence, batches: list[list[int]], answers: bool | None):
@@ -71,9 +72,14 @@ class _Batches(Dataset):
             return error
 
     def _batch(self, i: int):
-        opened, problems = self.task.opened([self.examples[n] for n in self.batches[i]])
-        collated = opened and self.answers is not None
-        return opened, problems, dict(self.task.collate(opened, answers=self.answers)) if collated else {}
+        numbers, opened, problems = [], [], []
+        for number in self.batches[i]:
+            found, faulty = self.task.opened([self.examples[number]])
+            numbers += [number] * len(found)
+            opened, problems = opened + found, problems + faulty
+        if self.answers is None or not opened:
+            return opened, problems, {}
+        return numbers, problems, dict(self.task.collate(opened, answers=self.answers))
 
 
 def _batches(
@@ -95,26 +101,31 @@ def _batches(
     for item in loader:
         if isinstance(item, EASError):
             raise item
-        yield item
+        found, problems, batch = item
+        yield [examples[n] for n in found] if batch else found, problems, batch
 
 
 # ---------------------------------------------------------------------- teacher forcing
 def _forced(task, model, examples: Sequence, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, 3) by example: sum of losses in nats, count of target tokens, count of those hit; and (B,) bool, right."""
+    losses, hit, counted, scored = _by_token(task, model, examples, batch)
+    right = (hit | ~scored).all(1)
+    return torch.stack([losses.sum(1), counted.sum(1).double(), (hit & counted).sum(1).double()], 1), right
+
+
+def _by_token(task, model, examples: Sequence, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, S - 1) each: losses in nats, whether hit; whether a target's token, whether of its scored part."""
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
     logits = model(**batch).logits[:, :-1][counted].float()  # (T, vocabulary): prompts are long, and carry no loss
-    wanted = labels[counted]
-    right_token = (logits.argmax(-1) == wanted).cpu()
+    wanted, counted = labels[counted], counted.cpu()
     each = cross_entropy(logits, wanted, reduction="none").cpu().double()
-    counted = counted.cpu()
-    hit = torch.ones_like(counted).masked_scatter_(counted, right_token)
-    scored = torch.tensor([task.target_ids(e)[1] for e in examples])
-    right = (hit | (counted.cumsum(1) > scored[:, None])).all(1)  # 1 at the first target token
     losses = torch.zeros(counted.shape, dtype=torch.float64).masked_scatter_(counted, each)
-    return torch.stack([losses.sum(1), counted.sum(1).double(), (hit & counted).sum(1).double()], 1), right
+    hit = torch.zeros_like(counted).masked_scatter_(counted, (logits.argmax(-1) == wanted).cpu())
+    first = torch.tensor([task.target_ids(e)[1] for e in examples])
+    return losses, hit, counted, counted & (counted.cumsum(1) <= first[:, None])  # 1 at the first target token
 
 
 def score(task, model, split: str, limit: int | None, batch_size: int, workers: int = 0) -> dict[str, Any]:
@@ -177,15 +188,8 @@ def _by_option(task, model, examples: Sequence) -> list[str]:
         raise TaskError(f"{task.name}: example {missing[0]} has no options; use method='generate'")
     trial = [(i, c) for i, e in enumerate(examples) for c in task.candidates(e)]
     variants = [replace(examples[i], answer=c, explanation="") for i, c in trial]
-    device = next(model.parameters()).device
-    batch = task.collate(variants).to(device)
-    logits = model(**batch).logits[:, :-1].float()
-    labels = batch["labels"][:, 1:]
-    counted = labels != IGNORED
-    scored = torch.tensor([task.target_ids(v)[1] for v in variants], device=device)
-    counted &= counted.cumsum(1) <= scored[:, None]
-    each = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED) * counted
-    mean = (each.sum(1) / counted.sum(1)).tolist()
+    losses, _, _, scored = _by_token(task, model, variants, task.collate(variants))
+    mean = ((losses * scored).sum(1) / scored.sum(1)).tolist()
     best: list[tuple[float, str]] = [(float("inf"), "")] * len(examples)
     for (i, choice), value in zip(trial, mean, strict=True):
         best[i] = min(best[i], (value, choice))
@@ -206,10 +210,9 @@ def evaluate(
         "max_new_tokens": new_tokens,
         "generation": settings.generation,
         "with_loss": with_loss,
-        **_describe(model),
     }
     _check_ids(task, split, examples)
-    file = None if path is None else PredictionsFile(path, task.about() | made_by)
+    file = None if path is None else PredictionsFile(path, task.about() | made_by | _describe(model))
     found: dict[str, Prediction] = {} if file is None else dict(file.done)
     strange = _strange(task, split, examples, found)
     if strange is not None:
