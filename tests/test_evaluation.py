@@ -163,6 +163,9 @@ def test_ids_that_occur_twice(task, model, monkeypatch):
     monkeypatch.setattr(task, "test", [*task.test[:3], task.test[1]])
     with pytest.raises(TaskError, match=f"two examples of test have the id '{task.test[1].id}'; give each its own"):
         task.evaluate(model, SPLIT)
+    monkeypatch.setattr(task, "test", [replace(task.test[0], id=7)])
+    with pytest.raises(TaskError, match="scienceqa: an example's id is a text, not 7; files keep answers by it"):
+        task.evaluate(model, SPLIT)
 
 
 def test_merged_inside_generate(task, processor, monkeypatch):

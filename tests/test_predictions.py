@@ -272,11 +272,16 @@ def test_truncated_pictures_are_counted(folder, processor, model, tmp_path):
     assert task.score(model, SPLIT)["count"] == COUNT - 1
     assert task.answers(model, seen[:2])[1] is None and len(task.answers(model, seen[:2])) == 2
     assert task.answers(model, seen[1:2]) == [None]
-    with pytest.raises(
-        DataError, match="scienceqa: no example of test has pictures that can be opened; the first: the"
-    ):
-        task.test = seen[1:2]
-        task.evaluate(model, SPLIT)
+    short = picture.read_bytes()
+    shutil.copy(folder / "images" / "test" / seen[1].id / "image.png", picture)
+    mended = task.evaluate(scribe, SPLIT, predictions=path)
+    assert (mended["count"], mended["skipped"], scribe.prompts) == (COUNT, 0, COUNT)
+    assert task.score_predictions(path, SPLIT)["accuracy"] == mended["accuracy"] == 0.7
+    picture.write_bytes(short)
+    task.test = seen[1:2]
+    for ask in (task.evaluate, task.score):
+        with pytest.raises(DataError, match="no example of test has pictures that can be opened; the first: the"):
+            ask(model, SPLIT)
     strict = load_task("scienceqa", processor, data_dir=broken)
     for workers in (0, 1):
         with pytest.raises(DataError) as caught:

@@ -382,7 +382,8 @@ class Task:
             method: "generate" writes greedily and parses the text; "options" takes the option that the model finds
                 most likely a token (for examples with choices; no parsing, so it also serves an untuned model).
             predictions: a file (.jsonl) that gets a line an example as soon as it is answered. If it is there already,
-                made with the same settings, what it holds is not computed again.
+                made with the same settings, what it holds is not computed again; pictures that could not be opened
+                are tried again.
             workers: processes that open pictures and make batches ahead of the model; 0 does so in between.
             with_loss: also the loss of the wanted answers, one more forward a batch.
             generation: for ``model.generate``, beside greedy decoding, e.g. ``{"merge": "low_rank"}``.

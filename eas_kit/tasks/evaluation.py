@@ -217,7 +217,8 @@ def evaluate(
     strange = _strange(task, split, examples, found)
     if strange is not None:
         raise DataError(f"{path} holds an answer to {strange!r}, which is not in split {split}; give another file")
-    todo = [i for i, e in enumerate(examples) if e.id not in found]
+    # pictures that could not be opened are tried again
+    todo = [i for i, e in enumerate(examples) if e.id not in found or found[e.id].problem is not None]
     at_once = settings.batch_size
     if settings.method == "options":  # every option is a row of its own
         at_once = max(1, at_once // max(1, *(len(task.candidates(e)) for e in examples)))
@@ -277,6 +278,8 @@ def _check_ids(task, split: str, examples: Sequence) -> None:
     """Answers are kept by id: of two examples with one id, each would get the answer of the later."""
     seen: set[str] = set()
     for example in examples:
+        if not isinstance(example.id, str):
+            raise TaskError(f"{task.name}: an example's id is a text, not {example.id!r}; files keep answers by it")
         if example.id in seen:
             raise TaskError(f"{task.name}: two examples of {split} have the id {example.id!r}; give each its own")
         seen.add(example.id)

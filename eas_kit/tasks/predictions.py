@@ -106,6 +106,8 @@ def drop_torn_line(path: Path) -> None:
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """The lines of a predictions file: each an ``id`` with a ``text``, an ``answer``, or both.
 
+    A line that tells of a ``problem`` is replaced by a later one: the picture was tried again.
+
     Raises:
         DataError: for a file that is not there, a broken line, or an id that occurs twice.
     """
@@ -133,7 +135,7 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
                 kinds = "a text" if name in ("text", "answer", "problem") else "a number"
                 raise DataError(f"{path}, line {number}: {name!r} should be {kinds} or null, it is {row[name]!r:.60}")
         one = Prediction(str(row["id"]), *(row.get(name) for name in _KINDS))
-        if one.id in found:
+        if one.id in found and found[one.id].problem is None:
             raise DataError(f"{path}, line {number}: {one.id!r} was answered before")
         found[one.id] = one
     return list(found.values())
