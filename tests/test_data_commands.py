@@ -147,7 +147,7 @@ def test_check_finds_what_is_broken(folder, tmp_path, capsys):
     assert f"  problems.json, record {gone.parent.name}: the picture {gone} or " in out
     assert f"  pictures, record {short.parent.name}: the picture {short} cannot be opened, it is truncated or no" in out
     assert "  test                6    4,241   DIFFERENT" in out
-    assert "1 problems" in run(capsys, "check", "scienceqa", broken, "--open", "0")[1]
+    assert "\n1 problem\n" in run(capsys, "check", "scienceqa", broken, "--open", "0")[1]
     shutil.rmtree(broken / "images")
     code, out, _ = run(capsys, "check", "scienceqa", broken)
     assert code == 1 and "\n13 problems\n" in out and out.count("record") == 11 and "  ... and 3 more" in out

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from PIL import Image
-from scienceqa_files import load, write
+from scienceqa_files import BASE, load, write
 
 from eas_kit.errors import DataError, TaskError
 from eas_kit.models.tiny.architecture import make_processor
@@ -251,3 +252,26 @@ def test_official_results_want_letters(tmp_path):
     for answer in ("a", "AB", "", "tin"):
         with pytest.raises(DataError, match=f"the answer to 7 is a letter, A to J, not {answer!r}; give what .*"):
             task.official_predictions({"7": answer})
+
+
+def test_a_copy_has_no_official_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation", "test"):
+        rows = datasets.Dataset.from_list([BASE | {"image": Image.new("RGB", (5, 3), (2, 7, 11))}, BASE])
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    task = load_task("scienceqa", None, hub=str(tmp_path / "data"), held_out={"search": 0})
+    assert [(e.id, e.categories) for e in task.test] == [
+        ("test-0", ("NAT", "IMG", "G1-6")),
+        ("test-1", ("NAT", "NO", "G1-6")),
+    ]
+    with pytest.raises(TaskError, match="the hub copy lacks the ids that its owners' evaluation wants; give data_dir"):
+        task.official_predictions({"test-0": "A", "test-1": None})
+
+
+@pytest.mark.parametrize("data_dir", ["data", "data/scienceqa"])
+def test_the_layout_of_the_owners_download(tmp_path, data_dir):
+    (tmp_path / "data" / "scienceqa").mkdir(parents=True)
+    write(tmp_path / "data" / "scienceqa", [("test", "7", {"image": "image.png"})])
+    (tmp_path / "data" / "captions.json").write_text(json.dumps({"captions": {"7": "A tin can."}}))
+    task = load(tmp_path / data_dir, captions=True)
+    assert task.test[0].context == "A tin can." and task.test[0].images[0].size == (5, 3)

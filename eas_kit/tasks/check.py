@@ -54,7 +54,7 @@ class Findings:
             lines += ["", f"columns       {shown}{' ...' if len(self.columns) > 12 else ''}"]
         lines += [f"pictures      {self.pictures:,}, of which {self.opened:,} were opened"]
         if self.problems:
-            lines += ["", f"{len(self.problems):,} problems"]
+            lines += ["", f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"]
             lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
             lines += [f"  ... and {len(self.problems) - SHOWN:,} more"] * (len(self.problems) > SHOWN)
         verdict = "ok" if self.ok else "NOT as published" if not self.problems else "NOT ok"

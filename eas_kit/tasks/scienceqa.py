@@ -8,6 +8,7 @@ A answer, L lecture, E explanation ("solution").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from eas_kit.errors import DataError, TaskError
@@ -80,7 +81,7 @@ class ScienceQA(DataSetTask):
     def read_folder(self) -> dict[str, list[Example]]:
         problems_file, splits_file = self.file("problems.json"), self.file("pid_splits.json")
         problems, splits = read_json(problems_file, dict), read_json(splits_file, dict)
-        captions = read_json(self.file("captions.json"), dict) if self.captions else {}
+        captions = read_json(self._captions_file(), dict) if self.captions else {}
         captions = field(captions, "captions", dict, default={})
         found: dict[str, list[Example]] = {}
         first: dict[str, str] = {}  # id -> the first split that names it
@@ -94,6 +95,11 @@ class ScienceQA(DataSetTask):
                         raise DataError(f"split {split} of {splits_file.name} names it, and it is not there")
                     found[split].append(self._from_file(str(pid), problems[str(pid)], split, captions))
         return found
+
+    def _captions_file(self) -> Path:
+        """Owners keep it beside the folder that holds the problems."""
+        beside = self.folder.parent / "captions.json"
+        return beside if beside.is_file() and not self.has("captions.json") else self.file("captions.json")
 
     def _from_file(self, pid: str, record: dict[str, Any], split: str, captions: Mapping[str, str]) -> Example:
         """An example of the owners' files; its split is that of pid_splits.json, and has to be the record's own."""
@@ -167,6 +173,8 @@ class ScienceQA(DataSetTask):
 
         (Their own runs draw an option at random there.)
         """
+        if self.hub:
+            raise TaskError(f"{self.name}: the hub copy lacks the ids that its owners' evaluation wants; give data_dir")
         wrong = next((pid for pid, a in answers.items() if a is not None and (len(a) != 1 or a not in LETTERS)), None)
         if wrong is not None:
             raise DataError(
