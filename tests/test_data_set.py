@@ -41,7 +41,7 @@ class Shapes(DataSetTask):
         return found
 
     def read_hub(self):
-        return {"train": self.hub_rows("train", columns=("q",))}
+        return {"train": self.hub_copy.rows("train", columns=("q",))}
 
     def question_text(self, example):
         return example.question

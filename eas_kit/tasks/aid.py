@@ -87,24 +87,24 @@ class AID(DataSetTask):
         )
 
     def read_hub(self) -> dict[str, list[Example]]:
-        rows = self.hub_rows("train", columns=("image", "label"))
+        rows = self.hub_copy.rows("train", columns=("image", "label"))
         names = getattr(rows.features["label"], "names", None)
         pictures = []
-        seen, stems = self.hub_pictures(rows, "image"), self._stems(rows)
-        for row, record in self.hub_records(rows):
+        seen, stems = self.hub_copy.has_pictures(rows, "image"), self._stems(rows)
+        for row, record in self.hub_copy.records(rows):
             with self.reading(f"{self.hub}, split train", f"row {row}"):
                 label = record["label"]
                 if names is not None and not (isinstance(label, int) and 0 <= label < len(names)):
                     raise DataError(f"the label {label!r} is outside of the {len(names)} classes")
                 if not seen[row]:
                     raise DataError("there is no picture in column 'image'")
-                image = self.hub_picture(rows, row, "image", f"row {row}")
+                image = self.hub_copy.picture(rows, row, "image", f"row {row}")
                 pictures.append((names[label] if names else field(record, "label"), stems[row], image))
         return self._split(pictures)
 
     def _stems(self, rows: Any) -> list[str]:
         """The pictures' names, by which the parts are the same ones as from the owners' files; else their rows."""
-        stems = [PurePath(path or "").stem for path in self.hub_paths(rows, "image")]
+        stems = [PurePath(path or "").stem for path in self.hub_copy.paths(rows, "image")]
         known = all(stems) and len(set(zip(stems, rows["label"]))) == len(stems)
         return stems if known else [f"{row:05d}" for row in range(len(stems))]
 

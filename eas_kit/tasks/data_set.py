@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.base import ROLES, Example, Task
 from eas_kit.tasks.evaluation import answers_in
-from eas_kit.tasks.pictures import PictureCell, PictureFile, Pictures
+from eas_kit.tasks.hub_copy import HubCopy
+from eas_kit.tasks.pictures import PictureFile
 from eas_kit.tasks.records import Intake, Problem
 from eas_kit.tasks.splits import apart, hold_out, sound
 
@@ -86,6 +87,7 @@ class DataSetTask(Task):
         self._held_out = self._checked_shares(held_out)
         if hub:
             self.folder, self.hub = None, (self._hub_name() if hub is True else str(hub))
+            self.hub_copy = HubCopy(self.hub, self.name, f"or give data_dir. {self._where_to_get_it()}")
             found = self.read_hub()
         else:
             self.folder, self.hub = self._checked_folder(data_dir), None
@@ -104,7 +106,7 @@ class DataSetTask(Task):
         raise TaskError(f"{self.name}: cannot be read from a folder; use hub=True")
 
     def read_hub(self) -> dict[str, list[Example]]:
-        """Examples by the owner's split, from ``self.hub_rows(split)``."""
+        """Examples by the owner's split, from ``self.hub_copy.rows(split)``."""
         raise TaskError(f"{self.name}: no hub copy can be read; give data_dir. {self._where_to_get_it()}")
 
     def published(self) -> Mapping[str, int]:
@@ -191,92 +193,6 @@ class DataSetTask(Task):
             f"the picture {' or '.join(one.path for one in found)} does not exist; are all pictures unpacked, or do"
             " they lie elsewhere (image_dir)?"
         )
-
-    @cached_property
-    def _hub_copy(self) -> Mapping[str, Any]:
-        import datasets
-
-        try:
-            return datasets.load_dataset(self.hub)
-        except Exception as error:  # of many libraries: not found, gated, offline, no data in it
-            raise DataError(
-                f"{self.name}: the hub copy {self.hub!r} cannot be loaded: {type(error).__name__}: {error}. Check the"
-                f" name and the network, or give data_dir. {self._where_to_get_it()}"
-            ) from error
-
-    def hub_split(self, *splits: str) -> str | None:
-        """The first of `splits` that the copy has, or None."""
-        return next((s for s in splits if s in self._hub_copy), None)
-
-    def hub_rows(self, *splits: str, columns: Sequence[str] = ()) -> Any:
-        """The ``datasets.Dataset`` of the first of `splits` that the copy has, pictures not decoded."""
-        import datasets
-
-        copy, split = self._hub_copy, self.hub_split(*splits)
-        if split is None:
-            raise DataError(
-                f"{self.name}: the copy {self.hub!r} has no split {' or '.join(splits)}, but {', '.join(copy)}"
-            )
-        rows = copy[split]
-        missing = [c for c in columns if c not in rows.column_names]
-        if missing:
-            raise DataError(
-                f"{self.name}: split {split} of {self.hub!r} has no column {', '.join(missing)}; it has"
-                f" {', '.join(rows.column_names)}"
-            )
-        for column, feature in rows.features.items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-        return rows
-
-    def hub_records(self, rows: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows with their numbers, without the bytes of their pictures."""
-        import datasets
-
-        texts = rows.select_columns([c for c, f in rows.features.items() if not isinstance(f, datasets.Image)])
-        return enumerate(texts)
-
-    def hub_archive(self, name: str) -> Path:
-        """The folder that an archive of the hub copy was unpacked to, once, beside it in the cache."""
-        if (Path(self.hub) / name).is_file():
-            archive = Path(self.hub) / name
-        else:
-            from huggingface_hub import hf_hub_download
-
-            try:
-                archive = Path(hf_hub_download(self.hub, name, repo_type="dataset"))
-            except Exception as error:
-                raise DataError(
-                    f"{self.name}: {name} of {self.hub!r} cannot be loaded: {error}; give image_dir"
-                ) from error
-        import datasets
-
-        # the library refuses members that lead out of the folder, and unpacks every archive once
-        return Path(datasets.DownloadManager().extract(str(archive)))
-
-    def hub_pictures(self, rows: Any, column: str) -> list[bool]:
-        """Which rows have a picture, by their bytes' or path's presence alone."""
-        import datasets
-
-        if not isinstance(rows.features[column], datasets.Image):
-            raise DataError(
-                f"{self.name}: column {column!r} of {self.hub!r} holds no pictures, but {rows.features[column]}"
-            )
-        found: list[bool] = []
-        for chunk in rows.data.column(column).chunks:
-            parts = (chunk, chunk.field("bytes"), chunk.field("path"))
-            valid = (part.is_valid().to_pylist() for part in parts)
-            found += [cell and (data or path) for cell, data, path in zip(*valid)]
-        return found
-
-    def hub_paths(self, rows: Any, column: str) -> list[str | None]:
-        """The names that the pictures had as files, where the copy has kept them."""
-        self.hub_pictures(rows, column)
-        return [path for chunk in rows.data.column(column).chunks for path in chunk.field("path").to_pylist()]
-
-    @staticmethod
-    def hub_picture(rows: Any, row: int, column: str, record: str) -> Pictures:
-        return Pictures(PictureCell(rows, row, column, record))
 
     def export_predictions(self, predictions: str | os.PathLike, out: str | os.PathLike, split: str = "test") -> int:
         """Writes a predictions file in the shape of the owners' evaluation, and returns how many answers it has.

@@ -73,12 +73,12 @@ class Flickr30K(DataSetTask):
 
     def read_hub(self) -> dict[str, list[Example]]:
         """A split of the copy for each of Karpathy's, or one split "test" of all with his in a column ``split``."""
-        tables = {"test": self.hub_rows("test", columns=_IMAGE)}
+        tables = {"test": self.hub_copy.rows("test", columns=_IMAGE)}
         apart = "split" not in tables["test"].column_names or set(tables["test"]["split"]) <= {"test"}
         if apart:
             tables |= {
-                "train": self.hub_rows("train", columns=_IMAGE),
-                "val": self.hub_rows("val", "validation", columns=_IMAGE),
+                "train": self.hub_copy.rows("train", columns=_IMAGE),
+                "val": self.hub_copy.rows("val", "validation", columns=_IMAGE),
             }
         found: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
         seen: dict[str, str] = {}
@@ -89,8 +89,8 @@ class Flickr30K(DataSetTask):
                     f"flickr30k: split {table} of {self.hub!r} has no column {' or '.join(_CAPTIONS)}; it has"
                     f" {', '.join(rows.column_names)}"
                 )
-            seeing = self.hub_pictures(rows, "image")
-            for row, record in self.hub_records(rows):
+            seeing = self.hub_copy.has_pictures(rows, "image")
+            for row, record in self.hub_copy.records(rows):
                 name = str(record.get("filename") or f"{table}-{row}")
                 with self.reading(f"{self.hub}, split {table}", name):
                     split = _split(field(record, "split", str, default=table))
@@ -100,7 +100,7 @@ class Flickr30K(DataSetTask):
                         raise DataError("has no picture")
                     _check_new(name, split, seen)
                     captions = _captions(field(record, column, list), column)
-                    found[split].append(_picture(name, self.hub_picture(rows, row, "image", name), captions))
+                    found[split].append(_picture(name, self.hub_copy.picture(rows, row, "image", name), captions))
         return found
 
     # ------------------------------------------------------------------ from pictures to questions

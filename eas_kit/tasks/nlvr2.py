@@ -114,23 +114,25 @@ class NLVR2(DataSetTask):
     def read_hub(self) -> dict[str, list[Example]]:
         """A split that the copy does not have leaves its role empty; ``sources`` names those that were read."""
         found: dict[str, list[Example]] = {}
-        there = {role: self.hub_split(*_HUB_SPLITS[split]) for role, split in self.roles.items()}
+        there = {role: self.hub_copy.split(*_HUB_SPLITS[split]) for role, split in self.roles.items()}
         if not any(there.values()):
-            self.hub_rows(*(name for split in self.roles.values() for name in _HUB_SPLITS[split]))  # raises
+            self.hub_copy.rows(*(name for split in self.roles.values() for name in _HUB_SPLITS[split]))  # raises
         self.roles = {role: split for role, split in there.items() if split is not None}
         for split in self.roles.values():
-            rows = self.hub_rows(split)
+            rows = self.hub_copy.rows(split)
             columns = next((some for some in _COLUMNS if set(some) <= set(rows.column_names)), _COLUMNS[0])
-            rows = self.hub_rows(split, columns=("identifier", *columns))
+            rows = self.hub_copy.rows(split, columns=("identifier", *columns))
             sentence, label, *sides = columns
-            whole = [all(both) for both in zip(*(self.hub_pictures(rows, side) for side in sides), strict=True)]
+            whole = [
+                all(both) for both in zip(*(self.hub_copy.has_pictures(rows, side) for side in sides), strict=True)
+            ]
             found[split] = []
-            for row, record in self.hub_records(rows):
+            for row, record in self.hub_copy.records(rows):
                 with self.reading(f"{self.hub}, split {split}", record["identifier"] or f"row {row}"):
                     if not whole[row]:
                         raise DataError("one of its two pictures is empty")
                     who = f"pair {_identifier(record)}"
-                    both = (self.hub_picture(rows, row, side, who) for side in sides)
+                    both = (self.hub_copy.picture(rows, row, side, who) for side in sides)
                     images = Pictures(*(source for pictures in both for source in pictures.sources))
                     found[split].append(_example(record, sentence, label, images))
         return found

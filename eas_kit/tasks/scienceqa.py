@@ -115,13 +115,13 @@ class ScienceQA(DataSetTask):
     def read_hub(self) -> dict[str, list[Example]]:
         found: dict[str, list[Example]] = {}
         for split, names in {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}.items():
-            rows = self.hub_rows(*names, columns=("image", "question", "choices", "answer"))
-            seen = self.hub_pictures(rows, "image")
+            rows = self.hub_copy.rows(*names, columns=("image", "question", "choices", "answer"))
+            seen = self.hub_copy.has_pictures(rows, "image")
             found[split] = []
-            for row, record in self.hub_records(rows):
+            for row, record in self.hub_copy.records(rows):
                 name = f"{split}-{row}"  # the copy has no ids
                 with self.reading(f"{self.hub}, split {split}", f"row {row}"):
-                    images = self.hub_picture(rows, row, "image", name) if seen[row] else ()
+                    images = self.hub_copy.picture(rows, row, "image", name) if seen[row] else ()
                     found[split].append(self._example(name, record, images, ""))
         return found
 

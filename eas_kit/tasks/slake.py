@@ -96,13 +96,13 @@ class Slake(DataSetTask):
         """The hub copy has the pictures in an archive beside the table, or (other copies) in a column."""
         found: dict[str, list[Example]] = {}
         for split, names in {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}.items():
-            rows = self.hub_rows(*names, columns=("question", "answer", "q_lang", "qid", "answer_type"))
+            rows = self.hub_copy.rows(*names, columns=("question", "answer", "q_lang", "qid", "answer_type"))
             embedded = "image" in rows.column_names
-            seen = self.hub_pictures(rows, "image") if embedded else []
+            seen = self.hub_copy.has_pictures(rows, "image") if embedded else []
             if not embedded and self.image_dir is None:
-                self.image_dir = self.hub_archive("imgs.zip") / "imgs"
+                self.image_dir = self.hub_copy.archive("imgs.zip") / "imgs"
             found[split] = []
-            for row, record in self.hub_records(rows):
+            for row, record in self.hub_copy.records(rows):
                 with self.reading(f"{self.hub}, split {split}", record.get("qid", row)):
                     if not self._wanted(record) or self._unanswered(split, f"{self.hub}, split {split}", record):
                         continue
@@ -110,7 +110,7 @@ class Slake(DataSetTask):
                     if embedded:
                         if not seen[row]:
                             raise DataError("there is no picture in column 'image'")
-                        images = self.hub_picture(rows, row, "image", who)
+                        images = self.hub_copy.picture(rows, row, "image", who)
                         if not (record.get("img_name") or record.get("img_id")):
                             record["img_name"] = images.sources[0].digest()
                     else:

@@ -136,19 +136,19 @@ class VQAv2(DataSetTask):
         found: dict[str, list[Example]] = {}
         for split in self.roles.values():
             names = TEST_SPLITS.get(split, ("train",))
-            if split == "train2014" and "test" in self.roles and self.hub_split(*names) is None:
+            if split == "train2014" and "test" in self.roles and self.hub_copy.split(*names) is None:
                 continue
             known = split in ("train2014", "val2014")
-            rows = self.hub_rows(*names, columns=_COLUMNS + _ANSWERS * known)
-            there, make, seen = self.hub_pictures(rows, "image"), _Maker(), {}
+            rows = self.hub_copy.rows(*names, columns=_COLUMNS + _ANSWERS * known)
+            there, make, seen = self.hub_copy.has_pictures(rows, "image"), _Maker(), {}
             found[split] = []
-            for row, record in self.hub_records(rows):
-                with self.reading(f"{self.hub}, split {self.hub_split(*names)}", _number(record, row)):
+            for row, record in self.hub_copy.records(rows):
+                with self.reading(f"{self.hub}, split {self.hub_copy.split(*names)}", _number(record, row)):
                     image = field(record, "image_id", int)
                     if not there[row]:
                         raise DataError("there is no picture in the column 'image'")
                     if image not in seen:
-                        seen[image] = self.hub_picture(rows, row, "image", f"image {image}")
+                        seen[image] = self.hub_copy.picture(rows, row, "image", f"image {image}")
                     number, images = field(record, "question_id", int), seen[image]
                     found[split].append(
                         make.example(number, image, make.once(_text(record)), images, record if known else None)
