@@ -54,14 +54,15 @@ DATA_EPILOG = """\
 examples:
   eas-kit data list                                  the data sets, their licences and sizes
   eas-kit data check scienceqa DIR                   every record, and 500 of the pictures
-  eas-kit data check slake --hub --open all          the hub copy, and all of its pictures
+  eas-kit data check slake hub: --open all           the usual hub copy, and all of its pictures
   eas-kit data check aid DIR -p train_share 0.5      a setting of the task
   eas-kit data make scienceqa DIR --records 200      a made-up folder in ScienceQA's form, to try things on
   eas-kit data score scienceqa DIR answers.jsonl     accuracy in all columns, from a predictions file, without a model
   eas-kit data export vqav2 DIR answers.jsonl --out results.json
                                                      the file that the owners' own evaluation reads
 
-DIR is the folder with the owner's files, laid out as on the data set's page under data/. A predictions file is what
+DIR is the folder with the owner's files, laid out as on the data set's page under data/, or hub:OWNER/NAME for a copy
+on the hub (hub: alone for the usual one). A predictions file is what
 task.evaluate(model, "test", predictions="answers.jsonl") writes: a line of JSON an example.
 """
 
@@ -121,9 +122,8 @@ def _add_data(commands, formatter) -> None:
     export = verbs.add_parser("export", help="predictions in the shape of the owners' evaluation")
     for one in (check, score, export):
         one.add_argument("name", metavar="NAME", help="of the data set, see eas-kit data list")
-        one.add_argument("data_dir", metavar="DIR", nargs="?" if one is check else None, help="the owner's files")
+        one.add_argument("where", metavar="DIR", help="the owner's files, or hub:OWNER/NAME")
         one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a setting")
-    check.add_argument("--hub", nargs="?", const=True, default=False, metavar="OWNER/NAME", help="a hub copy instead")
     check.add_argument("--open", default="500", metavar="N", help="pictures to open, or all (default: 500)")
     check.set_defaults(handler=_data_check)
     for one, handler in ((score, _data_score), (export, _data_export)):
@@ -164,6 +164,12 @@ def _settings(args: argparse.Namespace, *fixed: str) -> dict:
     return found
 
 
+def _where(args: argparse.Namespace) -> dict:
+    if args.where.startswith("hub:"):
+        return {"hub": args.where.removeprefix("hub:") or True}
+    return {"data_dir": args.where}
+
+
 @contextmanager
 def _writing(path: str):
     try:
@@ -179,7 +185,8 @@ def _data_check(args: argparse.Namespace) -> int:
         raise TaskError(f"--open is a number of pictures or 'all', not {args.open!r}")
     count = None if args.open == "all" else int(args.open)
     settings = _settings(args, "hub", "open_pictures", "progress")
-    found = check_data(args.name, args.data_dir, args.hub, count, progress=sys.stderr.isatty(), **settings)
+    settings |= _where(args) | {"open_pictures": count, "progress": sys.stderr.isatty()}
+    found = check_data(args.name, **settings)
     print(found.text())
     return 0 if found.ok else 1
 
@@ -188,7 +195,7 @@ def _data_task(args: argparse.Namespace):
     from .tasks import load_task
 
     settings = _settings(args, "hub", "check_images")  # no picture is needed for scores
-    return load_task(args.name, None, data_dir=args.data_dir, check_images=False, **settings)
+    return load_task(args.name, None, check_images=False, **_where(args), **settings)
 
 
 def _data_score(args: argparse.Namespace) -> int:

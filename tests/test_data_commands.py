@@ -153,7 +153,7 @@ def test_check_finds_what_is_broken(folder, tmp_path, capsys):
     assert code == 1 and "\n13 problems\n" in out and out.count("record") == 11 and "  ... and 3 more" in out
 
 
-def test_check_opens_the_pictures_of_every_split_of_a_copy(tmp_path, monkeypatch):
+def test_check_opens_the_pictures_of_every_split_of_a_copy(tmp_path, monkeypatch, capsys):
     """Rows of different splits have the same numbers."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     whole = io.BytesIO()
@@ -167,13 +167,18 @@ def test_check_opens_the_pictures_of_every_split_of_a_copy(tmp_path, monkeypatch
     assert (found.counts, found.pictures, found.opened) == ({"train": 1, "val": 1, "test": 1}, 3, 3)
     [problem] = found.problems
     assert str(problem).startswith("pictures, record test-0: the picture in column 'image' of row 0 cannot be opened")
+    copy = f"hub:{tmp_path / 'data'}"
+    code, out, _ = run(capsys, "check", "scienceqa", copy, "--open", "0", "-p", "held_out", "{search: 0}")
+    assert code == 1 and "pictures      3, of which 0 were opened" in out and "NOT as published" in out
+    (tmp_path / "answers.jsonl").write_text('{"id": "test-0", "text": "The answer is B."}\n')
+    code, out, _ = run(capsys, "score", "scienceqa", copy, tmp_path / "answers.jsonl")
+    assert code == 0 and json.loads(out)["accuracy"] == float(BASE["answer"] == 1)
 
 
 @pytest.mark.parametrize(
     "command,message",
     [
-        ("check scienceqa", "scienceqa: give either data_dir='the folder with the data', or hub=True for"),
-        ("check scienceqa FOLDER --hub", "scienceqa: give either data_dir='the folder with the data', or"),
+        ("check scienceqa FOLDER -p hub x", "-p hub: this is no setting here"),
         ("check scienceqa FOLDER/none", "scienceqa: data_dir FOLDER/none does not exist; wanted a folder. data/"),
         ("check scienceqa FOLDER/problems.json", "data_dir FOLDER/problems.json is a file; wanted a folder"),
         ("check scienceqa FOLDER/images", "wanted problems.json in FOLDER/images, which holds test/, train/, val/"),

@@ -13,6 +13,7 @@ from PIL import Image
 import eas_kit as eas
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.base import ROLES
+from eas_kit.tasks.check import check_data
 from eas_kit.tasks.slake import INSTRUCTION, Slake
 
 
@@ -130,6 +131,11 @@ def test_the_one_empty_answer_of_the_owners_does_not_stop_loading(tmp_path):
     task = Slake(None, tmp_path)
     assert task.owner_counts["train"] == 24
     assert str(task.skipped[0]) == "train.json, record 1622: the answer is empty, nothing to learn from"
+    found = check_data("slake", str(tmp_path))
+    assert not found.problems and found.as_published == {"train": 1}
+    assert "train              24    4,919   DIFFERENT   and 1 left out, published so" in found.text()
+    found.wanted = {"train": 25, "val": 4, "test": 4}
+    assert found.ok
     write(tmp_path, test=[*records("test"), record(1623, answer=" ")])
     with pytest.raises(DataError, match="slake: test.json, record 1623: an answer is empty. Mend it"):
         Slake(None, tmp_path)

@@ -30,6 +30,7 @@ class Findings:
     columns: dict[str, int]
     pictures: int  # files or cells that records refer to
     opened: int
+    as_published: dict[str, int] = field(default_factory=dict)  # records left out that are the owner's own, by split
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -38,7 +39,8 @@ class Findings:
 
     @property
     def other_counts(self) -> list[str]:
-        return [split for split, wanted in self.wanted.items() if self.counts.get(split, 0) != wanted]
+        read = {split: self.counts.get(split, 0) + self.as_published.get(split, 0) for split in self.wanted}
+        return [split for split, wanted in self.wanted.items() if read[split] != wanted]
 
     def text(self) -> str:
         """The report, for people."""
@@ -46,6 +48,8 @@ class Findings:
         for split in {**self.wanted, **self.counts}:
             wanted = f"{self.wanted[split]:>9,}" if split in self.wanted else "        -"
             mark = "   DIFFERENT" if split in self.other_counts else ""
+            own = self.as_published.get(split, 0)
+            mark += f"   and {own:,} left out, published so" if own else ""
             lines.append(f"  {split:<12}{self.counts.get(split, 0):>9,}{wanted}{mark}")
         lines += ["", "roles"]
         lines += [f"  {role:<12}{count:>9,}   {source}" for role, (count, source) in self.roles.items()]
@@ -84,7 +88,7 @@ def check_data(
     examples = [e for role in ROLES for e in getattr(task, role)]
     sources = _pictures(examples)
     chosen = sources if open_pictures is None else random.Random(seed).sample(sources, min(open_pictures, len(sources)))
-    problems = list(task.skipped)
+    problems = [p for p in task.skipped if p not in (known for _, known in task.as_published)]
     if progress:
         from tqdm.auto import tqdm
 
@@ -104,6 +108,7 @@ def check_data(
         columns=dict(sorted(columns.items())),
         pictures=len(sources),
         opened=len(chosen),
+        as_published=dict(Counter(split for split, _ in task.as_published)),
         problems=problems,
     )
 

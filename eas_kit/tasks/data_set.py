@@ -138,6 +138,11 @@ class DataSetTask(Task):
     def skipped(self) -> list[Problem]:
         return self._intake.problems
 
+    @property
+    def as_published(self) -> list[tuple[str, Problem]]:
+        """Those of the skipped that are like this at their owners', with the owner's split."""
+        return self._intake.as_published
+
     def reading(self, file: str | Path, record: Any):
         """Around the reading of one record: a DataError inside is raised with its name, or the record is left out."""
         return self._intake.record(os.path.basename(file), record)

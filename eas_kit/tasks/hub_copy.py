@@ -30,9 +30,10 @@ class HubCopy:
         try:
             return datasets.load_dataset(self.name)
         except Exception as error:  # of many libraries: not found, gated, offline, no data in it
+            why = f"{type(error).__name__}: {error.__cause__ or error}"
             raise DataError(
-                f"{self.task}: the hub copy {self.name!r} cannot be loaded: {type(error).__name__}: {error}. Check the"
-                f" name and the network, {self.otherwise}"
+                f"{self.task}: the hub copy {self.name!r} cannot be loaded: {why}. Check the name and the network,"
+                f" {self.otherwise}"
             ) from error
 
     def split(self, *splits: str) -> str | None:

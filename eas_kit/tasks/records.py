@@ -37,6 +37,7 @@ class Intake:
             raise TaskError(f"{task}: on_error is one of {', '.join(ON_ERROR)}, not {on_error!r}")
         self.task, self.on_error = task, on_error
         self.problems: list[Problem] = []
+        self.as_published: list[tuple[str, Problem]] = []  # those of them that are no fault of the copy, by split
 
     def note(self, problem: Problem) -> None:
         """Raises DataError, or remembers."""
@@ -46,9 +47,10 @@ class Intake:
             )
         self.problems.append(problem)
 
-    def leave_out(self, problem: Problem) -> None:
+    def leave_out(self, split: str, problem: Problem) -> None:
         """Remembers one that its owners published like this, so that nobody can mend it."""
         self.problems.append(problem)
+        self.as_published.append((split, problem))
 
     @contextmanager
     def record(self, file: str, record: Any) -> Iterator[None]:

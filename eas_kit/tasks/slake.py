@@ -89,7 +89,9 @@ class Slake(DataSetTask):
     def _unanswered(self, split: str, file: str, record: dict[str, Any]) -> bool:
         empty = split == "train" and not field(record, "answer").strip()
         if empty:
-            self._intake.leave_out(Problem(file, str(record.get("qid")), "the answer is empty, nothing to learn from"))
+            self._intake.leave_out(
+                split, Problem(file, str(record.get("qid")), "the answer is empty, nothing to learn from")
+            )
         return empty
 
     def read_hub(self) -> dict[str, list[Example]]:
