@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .counting import PARTS, count_flops, flops, parameters
 from .roofline import bandwidth, decode_bytes
+from .spending import time_parts
 from .timing import attention_share, compare_calls, compare_latency, latency, peak_memory
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "latency",
     "parameters",
     "peak_memory",
+    "time_parts",
 ]

@@ -48,7 +48,7 @@ def latency(
     rows of the batch together; total; and tokens_per_second: tokens of all rows, while decoding. Each is a dict of
     median, low and high (quartiles) and `runs`.
     """
-    runs = [_timed(net, inputs, new_tokens, generate) for _ in range(warmup + repeats)][warmup:]
+    runs = [timed(net, inputs, new_tokens, generate) for _ in range(warmup + repeats)][warmup:]
     return {"new_tokens": new_tokens, "repeats": repeats} | _summaries(runs, new_tokens, _rows(inputs))
 
 
@@ -74,7 +74,7 @@ def compare_latency(
         raise ConfigError(f"baseline {baseline!r} is none of the arms {list(arms)}.")
     rounds = []
     for number in range(warmup + repeats):
-        times = {name: _timed(arm, inputs, new_tokens, generate) for name, arm in arms.items()}
+        times = {name: timed(arm, inputs, new_tokens, generate) for name, arm in arms.items()}
         if number >= warmup:
             rounds.append(times)
     found = {name: _summaries([times[name] for times in rounds], new_tokens, _rows(inputs)) for name in arms}
@@ -157,7 +157,7 @@ def attention_share(
     try:
         for repeat in range(repeats + 1):
             spans.clear()
-            times = _timed(model, inputs, new_tokens, generate)
+            times = timed(model, inputs, new_tokens, generate)
             if repeat == 0:  # to warm up
                 continue
             spent: dict[tuple[str, str], float] = defaultdict(float)
@@ -179,7 +179,7 @@ def attention_share(
 
 
 @torch.no_grad()
-def _timed(net: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int, generate: Mapping[str, Any]) -> dict:
+def timed(net: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int, generate: Mapping[str, Any]) -> dict:
     from transformers import StoppingCriteriaList
 
     device = next(iter(inputs.values())).device
