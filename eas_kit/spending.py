@@ -97,7 +97,9 @@ def _install(stack: ExitStack, model: nn.Module, note: Note, clock: Callable[[],
     for (path, slot), part in slots.items():
         module = getattr(plain.get_submodule(path), slot)
         if isinstance(module, StandIn):
-            _around(stack, module, "other" if isinstance(module, NoAttention | NoFeedForward) else "adapters", note, clock)
+            _around(
+                stack, module, "other" if isinstance(module, NoAttention | NoFeedForward) else "adapters", note, clock
+            )
         elif part != "other":
             _around(stack, module, part, note, clock, before="adapters")
     if hasattr(model, "_start_merge"):

@@ -76,6 +76,25 @@ def latencies() -> dict:
     return {"baseline": "dense", "repeats": 7, "arms": {"dense": dense, "merged": merged}, "speedup": speedup}
 
 
+def spendings() -> dict:
+    """As measure.time_parts returns it, of two variants; seconds."""
+
+    def spent(**milliseconds: float) -> dict:
+        parts = ("vision", "attention", "ffn", "adapters", "merging", "other")
+        return {part: {"median": milliseconds.get(part, 0.0) / 1e3} for part in parts}
+
+    dense = {"prefill": spent(vision=2, attention=5, ffn=4, other=1), "decode": spent(attention=40, ffn=50, other=10)}
+    folded = {
+        "prefill": spent(vision=2, attention=3, ffn=4, adapters=2, merging=9, other=1),
+        "decode": spent(attention=20, ffn=50, adapters=1, other=9),
+    }
+    whole = spent(vision=2, attention=45, ffn=54)
+    return {
+        "dense": {"repeats": 3, "seconds": dense | {"total": whole}},
+        "merged": {"repeats": 3, "seconds": folded | {"total": whole}},
+    }
+
+
 def examples() -> list[dict]:
     board = (np.arange(24 * 24).reshape(24, 24) % 256).astype(np.uint8)
     return [
@@ -109,6 +128,8 @@ def every_figure() -> dict:
         "arms_accuracy": f.arms_accuracy(arms(), chance=0.25),
         "arms_accuracy, fitted": f.arms_accuracy(arms(), zero=False),
         "accuracy_vs_speed": f.accuracy_vs_speed(arms()),
+        "accuracy_vs_speed, chosen": f.accuracy_vs_speed(arms(), chosen="PIA, 4 skipped"),
+        "time_shares": f.time_shares(spendings()),
         "merge_scatter": f.merge_scatter(logits, logits + 1e-7),
         "latency_bars": f.latency_bars(latencies()),
         "gallery": f.gallery(examples(), predictions=["5", "gold", "2"]),

@@ -63,6 +63,18 @@ def test_bars_are_as_long_as_their_values():
     assert blue[:, 150].sum() == pytest.approx(50, abs=3)
 
 
+def test_bars_begin_at_their_base():
+    fig = go.Figure()
+    for colour, base in (("#ff0000", 0.0), ("#0000ff", 0.5)):
+        fig.add_bar(x=[0.5], y=[0], base=[base], orientation="h", marker={"color": colour}, width=1)
+    fig.update_layout(barmode="overlay")
+    fig.update_xaxes(range=[0, 1])
+    fig.update_yaxes(range=[-0.5, 0.5])
+    image = bare(fig)
+    assert near(image[50, 50], (255, 0, 0))
+    assert near(image[50, 150], (0, 0, 255))
+
+
 def test_grouped_bars_stand_side_by_side():
     fig = go.Figure([go.Bar(x=[0], y=[1.0], marker={"color": c}, name=c) for c in ("#ff0000", "#0000ff")])
     fig.update_layout(barmode="group", bargap=0)

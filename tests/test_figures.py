@@ -19,13 +19,15 @@ from drawn import (
     search_history,
     search_result,
     site_frame,
+    spendings,
 )
 
 from eas_kit import figures as f
 from eas_kit.errors import ConfigError, EASError
 from eas_kit.figures.preferences import SearchTrace
 from eas_kit.figures.style import lowest, numbers, site_kinds_of, spread
-from eas_kit.figures.tuning import pareto, smoothed
+from eas_kit.figures.tradeoff import pareto
+from eas_kit.figures.tuning import smoothed
 
 
 def trace(fig, name, number=0):
@@ -322,6 +324,25 @@ def test_pareto_front():
     assert "less is better" in f.accuracy_vs_speed(slow).layout.xaxis.title.text
 
 
+def test_the_chosen_arm_is_ringed_and_named():
+    fig = f.accuracy_vs_speed(arms(), chosen="PIA, 4 skipped")
+    ring = trace(fig, "chosen")
+    assert (list(ring.x), list(ring.y), ring.marker.symbol) == ([1.25], [pytest.approx(0.96)], "circle-open")
+    assert [note.text for note in fig.layout.annotations if "chosen" in note.text] == ["<b>PIA, 4 skipped, chosen</b>"]
+    assert "chosen" not in words(f.accuracy_vs_speed(arms()))
+    with pytest.raises(f.FigureError, match="one of the arms zero-shot, LoRA, PIA, 4 skipped, PIA; got 'DAS'"):
+        f.accuracy_vs_speed(arms(), chosen="DAS")
+    with pytest.raises(f.FigureError, match="at least one row"):
+        f.accuracy_vs_speed(arms()[:0])
+
+
+def test_labels_of_arms_of_one_speed_stand_apart():
+    same = pd.DataFrame({"arm": list("abcd"), "accuracy": [0.9, 0.901, 0.902, 0.1], "speedup": [1.2, 1.2, 1.2, 1.0]})
+    heights = sorted(note.y for note in f.accuracy_vs_speed(same).layout.annotations if note.text in "abc")
+    assert min(np.diff(heights)) > 0.04
+    assert np.mean(heights) == pytest.approx(0.901, abs=1e-4)
+
+
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +366,36 @@ def test_latency_in_milliseconds_with_the_paired_factors():
     assert list(trace(fig, "prefill").x) == [40.0, 32.0]
     np.testing.assert_allclose(trace(fig, "decode").error_x.array, [40.0, 30.0])
     assert "1.34×" in words(fig)  # of the rounds' ratios, not 200 / 150
+
+
+def test_time_shares_are_stacked_and_named_where_there_is_room():
+    fig = f.time_shares(spendings())
+    dense, folded = 0, 1
+    decode = {t.name: t for t in fig.data if t.xaxis == "x2"}
+    assert list(decode) == ["attention", "feed-forward", "adapters", "the rest"]  # none of the parts that took nothing
+    assert list(decode["attention"].x) == [40.0, 20.0]
+    assert list(decode["feed-forward"].base) == [40.0, 20.0]
+    assert list(decode["the rest"].base) == [90.0, 71.0]
+    assert decode["the rest"].base[dense] + decode["the rest"].x[dense] == 100.0
+    assert decode["adapters"].x[folded] == 1.0
+    assert trace(fig, "merging").xaxis == "x"  # prefill alone
+    said = [note.text for note in fig.layout.annotations]
+    assert "attention 40%" in said
+    assert "100 ms" in said
+    assert not any(note.startswith("adapters") or note == "1%" for note in said), "no room for one per cent"
+    shown = [t.name for t in fig.data if t.showlegend]
+    assert len(shown) == len(set(shown)) == 6
+
+
+def test_time_shares_of_one_model_and_its_errors():
+    (one, *_) = spendings().values()
+    assert {t.name for t in f.time_shares(one, phases=("total",)).data} == {"vision tower", "attention", "feed-forward"}
+    with pytest.raises(f.FigureError, match="at least one variant"):
+        f.time_shares({})
+    with pytest.raises(f.FigureError, match="'fast' lacks the phase 'prefill'"):
+        f.time_shares({"dense": one, "fast": {"seconds": {"decode": {}}}})
+    with pytest.raises(f.FigureError, match="'odd' has the part 'norms'"):
+        f.time_shares({"odd": {"seconds": {"prefill": {"norms": {"median": 1.0}}, "decode": {}}}})
 
 
 def test_latency_from_single_runs():

@@ -12,8 +12,10 @@ from .merging import latency_bars, merge_scatter
 from .png import figure_png
 from .preferences import preference_heatmap, search_figure
 from .redundancy import probe_curves, single_site_bars
+from .spending import time_shares
 from .style import FigureError
-from .tuning import accuracy_vs_speed, arms_accuracy, training_curves
+from .tradeoff import accuracy_vs_speed
+from .tuning import arms_accuracy, training_curves
 
 __all__ = [
     "FigureError",
@@ -30,5 +32,6 @@ __all__ = [
     "scorer_comparison",
     "search_figure",
     "single_site_bars",
+    "time_shares",
     "training_curves",
 ]

@@ -218,9 +218,10 @@ def _bar(canvas: Canvas, trace: Any, order: int, shown: list) -> None:
     index = next(i for i, other in enumerate(group) if other is trace)
     at = at + (index - (len(group) - 1) / 2) * width
     colours = [rgba(colour, trace.opacity) for colour in _each(trace.marker.color, len(at))]
-    draw = ax.barh if flat else ax.bar
-    draw(at, length, width, color=colours, zorder=order, label=trace.name)
-    _errors(ax, trace, *((length, at) if flat else (at, length)), order)
+    base = np.zeros(len(at)) if trace.base is None else np.asarray(_each(trace.base, len(at)), float)
+    draw, start = (ax.barh, "left") if flat else (ax.bar, "bottom")
+    draw(at, length, width, color=colours, zorder=order, label=trace.name, **{start: base})
+    _errors(ax, trace, *((base + length, at) if flat else (at, base + length)), order)
 
 
 def _histogram(canvas: Canvas, trace: Any, order: int, _shown: list) -> None:

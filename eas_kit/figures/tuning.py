@@ -1,4 +1,4 @@
-"""What tuning gave: loss curves, accuracies of the arms of a comparison, accuracy against speed."""
+"""What tuning gave: loss curves, and accuracies of the arms of a comparison."""
 
 from __future__ import annotations
 
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MAX_POINTS = 400  # a curve of more steps is thinned
-SPEED = {
-    "speedup": "speed-up over the dense model (×)",
-    "ms_per_token": "milliseconds per token",
-    "macs": "multiply-accumulates (G)",
-    "params": "trainable parameters",
-}
 
 
 def records(history: Any, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -209,80 +203,3 @@ def _mean_and_deviation(values: np.ndarray, metric: str) -> str:
     times, digits, unit = (100, 1, "%") if "accuracy" in metric else (1, 3, "")
     text = f"{np.nanmean(values) * times:.{digits}f}"
     return (text + f" ± {np.nanstd(values, ddof=1) * times:.{digits}f}" if len(values) > 1 else text) + unit
-
-
-def accuracy_vs_speed(
-    table: pd.DataFrame,
-    *,
-    accuracy: str = "accuracy",
-    speed: str | None = None,
-    arm: str | None = None,
-    title: str | None = None,
-) -> go.Figure:
-    """Accuracy against speed, a point an arm (mean, whiskers over the seeds' range), the Pareto front as a line.
-
-    Args:
-        table: one row an arm (and seed); columns `arm` (or `method`, `name`), `accuracy`, and `speedup` (more is
-            better) or one of `ms_per_token`, `ms`, `seconds`, `macs`, `params` (less is better), or `speed`'s.
-
-    Raises:
-        FigureError: a column is missing.
-    """
-    arm = column(table, *([arm] if arm else []), "arm", "method", "name")
-    accuracy = column(table, accuracy, f"test_{accuracy}")
-    wanted = [speed] if speed else []
-    speed = column(table, *wanted, "speedup", "ms_per_token", "ms", "seconds", "macs", "flops", "params")
-    names = list(dict.fromkeys(table[arm]))
-    groups = [table[table[arm] == name] for name in names]
-    x = np.array([group[speed].mean() for group in groups])
-    y = np.array([group[accuracy].mean() for group in groups])
-    low, high = (np.array([getattr(group[accuracy], end)() for group in groups]) for end in ("min", "max"))
-    more = "speed" in speed or "per_second" in speed
-    front = sorted(pareto(x if more else -x, y), key=lambda i: x[i])
-    fig = new_figure(
-        title or f"Accuracy against {speed.replace('_', ' ')}: {len(front)} of {len(names)} arms on the front",
-        "filled: no other arm is better in both; open: beaten" + ("; whiskers: seeds" if (high > low).any() else ""),
-        height=400,
-        margin=(70, 40, 0, 56),
-    )
-    dotted = {"color": BLUE, "width": 1.5, "dash": "dot"}
-    front_x, front_y = numbers(x[front]), numbers(y[front])
-    fig.add_scatter(x=front_x, y=front_y, mode="lines", line=dotted, name="front", hoverinfo="skip")
-    whisker = {"array": numbers(high - y), "arrayminus": numbers(y - low), "color": GREY}
-    middle = (x.min() + x.max()) / 2
-    fig.add_scatter(
-        x=numbers(x),
-        y=numbers(y),
-        mode="markers+text",
-        name="arms",
-        text=[arm_name(name) for name in names],
-        textposition=[f"{_free_side(i, x, y)} {'right' if x[i] <= middle else 'left'}" for i in range(len(names))],
-        textfont={"size": 12},
-        marker={
-            "color": [BLUE if i in front else GREY for i in range(len(names))],
-            "symbol": ["circle" if i in front else "circle-open" for i in range(len(names))],
-            "size": 10,
-        },
-        error_y={"type": "data", "thickness": 1, "width": 3, **whisker} if (high > low).any() else None,
-        hovertemplate="%{text}<br>accuracy %{y}<br>" + speed.replace("_", " ") + " %{x}<extra></extra>",
-    )
-    name = SPEED.get(speed, speed.replace("_", " ")) + ("" if more else ", less is better")
-    fig.update_layout(
-        xaxis=axis(name, range=padded(x, 0.1, 0.14)),
-        yaxis=axis("accuracy", range=padded([*low, *high], 0.12, 0.12), **percent("accuracy", float(np.ptp(y)) / 2)),
-    )
-    return fig
-
-
-def pareto(gain: np.ndarray, value: np.ndarray) -> list[int]:
-    """Points that no other beats: at least as good in both, better in one."""
-    better = (gain[None] >= gain[:, None]) & (value[None] >= value[:, None])
-    strictly = (gain[None] > gain[:, None]) | (value[None] > value[:, None])
-    return np.flatnonzero(~(better & strictly).any(axis=1)).tolist()
-
-
-def _free_side(i: int, x: np.ndarray, y: np.ndarray) -> str:
-    """'bottom' for a label whose place above its point is taken by a neighbour."""
-    wide, tall = (np.ptp(x) or 1) * 0.22, (np.ptp(y) or 1) * 0.09
-    above = [j for j in range(len(x)) if j != i and abs(x[j] - x[i]) < wide and 0 <= y[j] - y[i] < tall]
-    return "bottom" if any(y[j] > y[i] or j < i for j in above) else "top"
