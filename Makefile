@@ -74,9 +74,8 @@ format: $(TEST_STAMP)  ## mend what `make lint` can mend
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(STRIP) $(NOTEBOOKS))
 
 notebooks: $(BASE_STAMP)  ## executed copies for readers, in notebooks/rendered
-	$(BIN)/eas-kit run --out runs/rendered $(RUN_ARGS)
-	mkdir -p notebooks/rendered
-	cp runs/rendered/*.ipynb notebooks/rendered/
+	env -u EAS_KIT_DISPLAY $(BIN)/eas-kit run --out runs/rendered $(RUN_ARGS)
+	$(BIN)/python -m eas_kit.rendered runs/rendered notebooks/rendered
 
 doctor: $(BASE_STAMP)  ## versions, device, memory, missing parts
 	$(BIN)/eas-kit doctor

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-MAX_POINTS = 1200  # logits drawn; all are counted
+MAX_POINTS = 600  # logits drawn; all are counted
 BETWEEN = 0.08  # panels, as a share of the width
 
 

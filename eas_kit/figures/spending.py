@@ -91,17 +91,18 @@ def time_shares(
         for part, spent in found[phase].items():
             colour, ink, words = PARTS[part]
             fig.add_bar(
-                x=numbers(spent),
+                x=numbers(spent, 4),
                 y=list(range(len(names))),
-                base=numbers(start),
+                base=numbers(start, 4),
                 orientation="h",
                 width=0.66,
                 marker={"color": colour},
                 name=words,
                 legendgroup=part,
                 showlegend=part not in named,
-                customdata=[[name, f"{share:.0%}"] for name, share in zip(names, spent / np.maximum(sums, 1e-12))],
-                hovertemplate=f"%{{customdata[0]}}, {phase}<br>{words} %{{x}} ms (%{{customdata[1]}})<extra></extra>",
+                text=[f"{share:.0%}" for share in spent / np.maximum(sums, 1e-12)],
+                textposition="none",
+                hovertemplate=f"{phase}, {words}<br>%{{x}} ms, %{{text}}<extra></extra>",
                 **places,
             )
             named.add(part)
