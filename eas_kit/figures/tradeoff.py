@@ -107,12 +107,12 @@ def accuracy_vs_speed(
         is_chosen, sign = names[i] == chosen, 1 if side == "right" else -1
         if abs(height - y[i]) > 0.04 * (span[1] - span[0]):  # moved away: a line leads back
             ends = {
-                "x": numbers([x[i], x[i] + sign * 8 * (across[1] - across[0]) / PLOT]),
+                "x": numbers([x[i], x[i] + sign * (8 if chosen is None else 14) * (across[1] - across[0]) / PLOT]),
                 "y": numbers([y[i], height]),
             }
             fig.add_scatter(**ends, mode="lines", line={"color": GREY, "width": 0.8}, name="leader", hoverinfo="skip")
         words = f"<b>{labels[i]}</b>" if is_chosen else labels[i]
-        place = {"xanchor": "left" if sign > 0 else "right", "xshift": sign * (14 if is_chosen else 9)}
+        place = {"xanchor": "left" if sign > 0 else "right", "xshift": sign * (9 if chosen is None else 15)}
         at = float(f"{x[i]:.6g}"), float(f"{height:.6g}")
         note(fig, words, *at, colour=VERMILLION if is_chosen else INK, **place)
     name = SPEED.get(speed, speed.replace("_", " ")) + ("" if more else ", less is better")
