@@ -63,11 +63,18 @@ def colours(values: np.ndarray, limit: float) -> np.ndarray:
     return np.stack([np.interp(share, places, steps[:, channel]) for channel in range(3)], -1).round().astype(np.uint8)
 
 
-def preference_frame(trace: SearchTrace, title: str, site_kinds: object = None, expected: int | None = None) -> str:
+def preference_frame(
+    trace: SearchTrace,
+    title: str,
+    site_kinds: object = None,
+    expected: int | None = None,
+    limit: float | None = None,
+) -> str:
     """Sites by updates so far, the lowest dotted and named, with the mean reward of each update below.
 
     Args:
         expected: updates there will be; the picture fills from left to right.
+        limit: colours span -limit..limit; by default the largest preference so far.
     """
     name, rows = trace.curve()
     means = [float(np.mean(row)) for row in rows if row]
@@ -78,7 +85,8 @@ def preference_frame(trace: SearchTrace, title: str, site_kinds: object = None, 
     cell = max(12, min(24, 320 // sites))
     bottom = TOP + cell * sites
     drawing = Drawing(bottom + (96 if means else 24), title)
-    pixels = colours(trace.preferences.T, colour_limit(trace.preferences)).repeat(PIXELS, 0).repeat(PIXELS, 1)
+    limit = limit or colour_limit(trace.preferences)
+    pixels = colours(trace.preferences.T, limit).repeat(PIXELS, 0).repeat(PIXELS, 1)
     for column, row in enumerate(trace.skipped):
         for site in row:
             pixels[site * PIXELS + 2 : site * PIXELS + 4, column * PIXELS + 2 : column * PIXELS + 4] = 17
@@ -101,11 +109,17 @@ def preference_frame(trace: SearchTrace, title: str, site_kinds: object = None, 
     return drawing.svg()
 
 
-def curve_frame(values: Sequence[float], title: str, name: str = "loss", expected: int | None = None) -> str:
+def curve_frame(
+    values: Sequence[float],
+    title: str,
+    name: str = "loss",
+    expected: int | None = None,
+    waiting: str = "nothing recorded yet",
+) -> str:
     """A line that grows from left to right, over a thin one of every value where the line is a moving mean."""
     drawing = Drawing(220, title)
     if len(values):
         drawing.curve(values, (LEFT, TOP, WIDTH - RIGHT, 190), name, max(expected or 0, len(values)))
     else:
-        drawing.text(LEFT, 110, "nothing recorded yet")
+        drawing.text(LEFT, 110, waiting)
     return drawing.svg()

@@ -76,7 +76,14 @@ class SearchTrace:
         """Every n-th update, the last always among them."""
         count = len(self.updates)
         every = math.ceil(count / columns)
-        at = list(range(count - 1, -1, -every))[::-1]
+        return self.at(list(range(count - 1, -1, -every))[::-1])
+
+    def until(self, count: int) -> SearchTrace:
+        """The first `count` updates."""
+        return self.at(list(range(count)))
+
+    def at(self, at: list[int]) -> SearchTrace:
+        """The updates at these positions."""
         lists = ([values[t] for t in at] for values in (self.updates, self.skipped, self.rewards, self.losses))
         return SearchTrace(self.preferences[at], *lists)
 
