@@ -17,6 +17,7 @@ from .style import BLUE, DIVERGING, INK, site_kinds_of
 
 WIDTH, LEFT, RIGHT, TOP = 760, 62, 70, 42  # pixels
 PIXELS = 6  # a cell of the heatmap in its own picture
+MARKS = 600  # more marks of the lowest sites than this are pixels of that picture, so that a frame stays small
 
 
 class Drawing:
@@ -87,16 +88,30 @@ def preference_frame(
     drawing = Drawing(bottom + (96 if means else 24), title)
     limit = limit or colour_limit(trace.preferences)
     pixels = colours(trace.preferences.T, limit).repeat(PIXELS, 0).repeat(PIXELS, 1)
-    for column, row in enumerate(trace.skipped):
+    columns, marks = len(trace.updates), sum(map(len, trace.skipped))
+    for column, row in enumerate(trace.skipped if marks > MARKS else ()):
         for site in row:
             pixels[site * PIXELS + 2 : site * PIXELS + 4, column * PIXELS + 2 : column * PIXELS + 4] = 17
     source, _, _ = data_url(pixels)
     full = WIDTH - LEFT - RIGHT
     wide = full * min(1.0, done / max(expected or done, done))
+    for top, height in ((TOP, cell * sites), (bottom + 34, 52 if means else 0)):  # what is still to come
+        drawing.parts.append(
+            f'<rect x="{LEFT}" y="{top}" width="{full}" height="{height}" fill="none" stroke="#DDDDDD"/>'
+        )
     drawing.parts.append(
         f'<image href="{source}" x="{LEFT}" y="{TOP}" width="{wide:.1f}" height="{cell * sites}" '
         'preserveAspectRatio="none" style="image-rendering:pixelated"/>'
     )
+    if marks <= MARKS:
+        size = min(5.0, 0.6 * wide / columns)
+        squares = [
+            f"M{LEFT + (column + 0.5) * wide / columns - size / 2:.1f} {TOP + (site + 0.5) * cell - size / 2:.1f}"
+            f"h{size:.1f}v{size:.1f}h-{size:.1f}z"
+            for column, row in enumerate(trace.skipped)
+            for site in row
+        ]
+        drawing.parts.append(f'<path class="lowest" d="{"".join(squares)}" fill="#111111"/>')
     for site in range(sites):
         drawing.text(LEFT - 6, TOP + (site + 0.5) * cell + 4, str(site), 11, "end")
     for kind, first, stop in blocks(kinds):

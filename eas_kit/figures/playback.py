@@ -267,8 +267,8 @@ p { margin: 6px 12px; }
 <body>
 <main>
 <p id="said" role="status"></p>
-<p id="keys"><kbd>←</kbd> <kbd>→</kbd> one frame, <kbd>Page Up</kbd> <kbd>Page Down</kbd> ten, <kbd>Home</kbd> <kbd>End</kbd>,
-<kbd>Space</kbd> play or pause</p>
+<p id="keys"><kbd>←</kbd> <kbd>→</kbd> one frame, <kbd>Page Up</kbd> <kbd>Page Down</kbd> ten,
+<kbd>Home</kbd> <kbd>End</kbd>, <kbd>Space</kbd> play or pause</p>
 FIGURE
 </main>
 </body>
