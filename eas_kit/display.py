@@ -60,6 +60,7 @@ def figure_bundle(fig: Any, live: bool | None = None) -> tuple[dict, dict]:
     if live_session() if live is None else live:
         if values.get("frames"):  # nobody can play them in a static copy, which is to stay small
             data[PLOTLY]["frames"] = values["frames"]
+            config["responsive"] = False  # with it JupyterLab gives a graph no height once it was animated
         return data, {}
     data["image/png"] = base64.b64encode(figure_png(fig)).decode()
     return data, {"image/png": {"width": int(fig.layout.width or 820), "alt": words}}

@@ -133,8 +133,8 @@ def _arrange(fig: go.Figure, limit: float, names: list[str]) -> None:
     upper = fig.layout.yaxis
     fig.update_layout(
         xaxis3=axis(
-            "preference at the update shown",
-            range=[-1.4 * limit, 1.4 * limit],
+            "preference then",
+            range=[-1.8 * limit, 1.8 * limit],
             domain=[SPLIT + 0.04, 1],
             anchor="y3",
             tickvals=[-limit, 0, limit],
@@ -181,8 +181,8 @@ def _arrange(fig: go.Figure, limit: float, names: list[str]) -> None:
         sliders=[
             {
                 "active": len(names) - 1,
-                "x": 0.2,
-                "len": 0.8,
+                "x": 0.28,
+                "len": 0.72,
                 "xanchor": "left",
                 "y": below,
                 "yanchor": "top",
