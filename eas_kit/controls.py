@@ -58,9 +58,13 @@ class RunControl:
         Raises:
             KeyboardInterrupt: it is to stop, or was interrupted while it waited; `fit` and `search` then end cleanly.
         """
-        with _signals_interrupt() if self.paused else nullcontext():
-            while self.paused:
-                self._go.wait(self.look_every)
+        try:
+            with _signals_interrupt() if self.paused else nullcontext():
+                while self.paused:
+                    self._go.wait(self.look_every)
+        except KeyboardInterrupt:
+            self.stop()  # the step may have another event to come, which is not to wait again
+            raise
         if self.stopping:
             raise KeyboardInterrupt
 

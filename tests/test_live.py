@@ -301,6 +301,8 @@ def test_interrupt_ends_a_hold(monkeypatch):
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             control.obey()
+        assert control.stopping
+        assert not control.paused  # a step's second event does not wait again
         assert signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, None)
     finally:
         signal.signal(signal.SIGINT, before)
