@@ -15,7 +15,7 @@ import numpy as np
 
 from .canvas import plain
 from .frames import colours
-from .preferences import BLACK, SearchTrace, _over_time, colour_limit, written
+from .preferences import BLACK, SearchTrace, colour_limit, over_time, written
 from .style import INK, FigureError, axis, field, numbers, site_kinds_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def search_playback(
     kinds = site_kinds_of(site_kinds or field(history, "kinds"), sites)
     curve = any(trace.curve()[1])
     limit = colour_limit(trace.preferences)
-    fig = _over_time(trace, None, kinds, title, limit, curve=curve)
+    fig = over_time(trace, None, kinds, title, limit, curve=curve)
     fig.layout.annotations = [note for note in fig.layout.annotations if note.text not in ("◂ skip", "mean")]
     first = len(fig.data)
     axes = ("", "2") if curve else ("",)
