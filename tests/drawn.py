@@ -119,6 +119,7 @@ def every_figure() -> dict:
         "preference_heatmap, row": f.preference_heatmap(rng.normal(size=13), num_skipped=3),
         "search_figure": f.search_figure(search_result()),
         "search_figure, long": f.search_figure(search_history(sites=32, updates=500)),
+        "search_playback": f.search_playback(search_result()),
         "probe_curves": f.probe_curves(probe_frame()),
         "single_site_bars": f.single_site_bars(site_frame(), clip=1.0),
         "scorer_comparison": f.scorer_comparison(scores(), 2),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .choices import agreement_matrix, mask_comparison, scorer_comparison
 from .gallery import gallery
 from .merging import latency_bars, merge_scatter
+from .playback import save_playback, search_playback
 from .png import figure_png
 from .preferences import preference_heatmap, search_figure
 from .redundancy import probe_curves, single_site_bars
@@ -29,8 +30,10 @@ __all__ = [
     "merge_scatter",
     "preference_heatmap",
     "probe_curves",
+    "save_playback",
     "scorer_comparison",
     "search_figure",
+    "search_playback",
     "single_site_bars",
     "time_shares",
     "training_curves",

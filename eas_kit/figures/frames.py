@@ -17,6 +17,7 @@ from .style import BLUE, DIVERGING, INK, site_kinds_of
 
 WIDTH, LEFT, RIGHT, TOP = 760, 62, 70, 42  # pixels
 PIXELS = 6  # a cell of the heatmap in its own picture
+MARKS = 600  # more marks of the lowest sites than this are pixels of that picture, so that a frame stays small
 
 
 class Drawing:
@@ -63,11 +64,18 @@ def colours(values: np.ndarray, limit: float) -> np.ndarray:
     return np.stack([np.interp(share, places, steps[:, channel]) for channel in range(3)], -1).round().astype(np.uint8)
 
 
-def preference_frame(trace: SearchTrace, title: str, site_kinds: object = None, expected: int | None = None) -> str:
+def preference_frame(
+    trace: SearchTrace,
+    title: str,
+    site_kinds: object = None,
+    expected: int | None = None,
+    limit: float | None = None,
+) -> str:
     """Sites by updates so far, the lowest dotted and named, with the mean reward of each update below.
 
     Args:
         expected: updates there will be; the picture fills from left to right.
+        limit: colours span -limit..limit; by default the largest preference so far.
     """
     name, rows = trace.curve()
     means = [float(np.mean(row)) for row in rows if row]
@@ -78,17 +86,32 @@ def preference_frame(trace: SearchTrace, title: str, site_kinds: object = None, 
     cell = max(12, min(24, 320 // sites))
     bottom = TOP + cell * sites
     drawing = Drawing(bottom + (96 if means else 24), title)
-    pixels = colours(trace.preferences.T, colour_limit(trace.preferences)).repeat(PIXELS, 0).repeat(PIXELS, 1)
-    for column, row in enumerate(trace.skipped):
+    limit = limit or colour_limit(trace.preferences)
+    pixels = colours(trace.preferences.T, limit).repeat(PIXELS, 0).repeat(PIXELS, 1)
+    columns, marks = len(trace.updates), sum(map(len, trace.skipped))
+    for column, row in enumerate(trace.skipped if marks > MARKS else ()):
         for site in row:
             pixels[site * PIXELS + 2 : site * PIXELS + 4, column * PIXELS + 2 : column * PIXELS + 4] = 17
     source, _, _ = data_url(pixels)
     full = WIDTH - LEFT - RIGHT
     wide = full * min(1.0, done / max(expected or done, done))
+    for top, height in ((TOP, cell * sites), (bottom + 34, 52 if means else 0)):  # what is still to come
+        drawing.parts.append(
+            f'<rect x="{LEFT}" y="{top}" width="{full}" height="{height}" fill="none" stroke="#DDDDDD"/>'
+        )
     drawing.parts.append(
         f'<image href="{source}" x="{LEFT}" y="{TOP}" width="{wide:.1f}" height="{cell * sites}" '
         'preserveAspectRatio="none" style="image-rendering:pixelated"/>'
     )
+    if marks <= MARKS:
+        size = min(5.0, 0.6 * wide / columns)
+        squares = [
+            f"M{LEFT + (column + 0.5) * wide / columns - size / 2:.1f} {TOP + (site + 0.5) * cell - size / 2:.1f}"
+            f"h{size:.1f}v{size:.1f}h-{size:.1f}z"
+            for column, row in enumerate(trace.skipped)
+            for site in row
+        ]
+        drawing.parts.append(f'<path class="lowest" d="{"".join(squares)}" fill="#111111"/>')
     for site in range(sites):
         drawing.text(LEFT - 6, TOP + (site + 0.5) * cell + 4, str(site), 11, "end")
     for kind, first, stop in blocks(kinds):
@@ -101,11 +124,17 @@ def preference_frame(trace: SearchTrace, title: str, site_kinds: object = None, 
     return drawing.svg()
 
 
-def curve_frame(values: Sequence[float], title: str, name: str = "loss", expected: int | None = None) -> str:
+def curve_frame(
+    values: Sequence[float],
+    title: str,
+    name: str = "loss",
+    expected: int | None = None,
+    waiting: str = "nothing recorded yet",
+) -> str:
     """A line that grows from left to right, over a thin one of every value where the line is a moving mean."""
     drawing = Drawing(220, title)
     if len(values):
         drawing.curve(values, (LEFT, TOP, WIDTH - RIGHT, 190), name, max(expected or 0, len(values)))
     else:
-        drawing.text(LEFT, 110, "nothing recorded yet")
+        drawing.text(LEFT, 110, waiting)
     return drawing.svg()

@@ -76,7 +76,14 @@ class SearchTrace:
         """Every n-th update, the last always among them."""
         count = len(self.updates)
         every = math.ceil(count / columns)
-        at = list(range(count - 1, -1, -every))[::-1]
+        return self.at(list(range(count - 1, -1, -every))[::-1])
+
+    def until(self, count: int) -> SearchTrace:
+        """The first `count` updates."""
+        return self.at(list(range(count)))
+
+    def at(self, at: list[int]) -> SearchTrace:
+        """The updates at these positions."""
         lists = ([values[t] for t in at] for values in (self.updates, self.skipped, self.rewards, self.losses))
         return SearchTrace(self.preferences[at], *lists)
 
@@ -132,7 +139,7 @@ def preference_heatmap(
     if _is_row(history):
         return _grid(np.asarray(history, float), num_skipped, skipped, site_kinds, title, limit)
     trace = SearchTrace.read(history, num_skipped)
-    return _over_time(trace, skipped, site_kinds or field(history, "kinds"), title, limit, curve=False)
+    return over_time(trace, skipped, site_kinds or field(history, "kinds"), title, limit, curve=False)
 
 
 def search_figure(
@@ -154,7 +161,7 @@ def search_figure(
             "search_figure draws the rewards of each update, and this history has neither 'rewards' nor 'losses'; "
             "pass the search's result, or use preference_heatmap."
         )
-    return _over_time(trace, skipped, site_kinds or field(history, "kinds"), title, None, curve=True)
+    return over_time(trace, skipped, site_kinds or field(history, "kinds"), title, None, curve=True)
 
 
 def _is_row(history: Any) -> bool:
@@ -166,7 +173,7 @@ def _is_row(history: Any) -> bool:
     return np.ndim(history) == 1 and np.asarray(history).dtype.kind in "fiu"
 
 
-def _over_time(
+def over_time(
     full: SearchTrace,
     skipped: Iterable[int] | None,
     site_kinds: Any,
@@ -174,6 +181,7 @@ def _over_time(
     limit: float | None,
     curve: bool,
 ) -> go.Figure:
+    """Sites by updates; with `curve`, the rewards below on the same axis."""
     trace = full.thinned()
     count, sites = trace.preferences.shape
     kinds = site_kinds_of(site_kinds, sites)
