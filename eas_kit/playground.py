@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .scorers import SCORERS
 from .sites import find_sites
 from .slots import skipping
 from .tasks.evaluation import evaluating, forced, room
+
+if TYPE_CHECKING:
+    import pandas
 
 Stop = Callable[[], bool]
 
@@ -124,11 +127,11 @@ class Playground:
                 sums, rights = forced(self.task, self.model, opened, batch)
             totals += sums.sum(0).cpu()
             right, count = right + int(rights.sum()), count + len(opened)
-        if count == 0:  # stopped while collating, or no picture can be opened
-            return None
-        found = {"loss": float(totals[0] / totals[1]), "accuracy": right / count, "count": count}
         if stop is not None and stop():
             return None
+        if count == 0:
+            raise TaskError("no example of the fixed batch has pictures that can be opened; choose other examples")
+        found = {"loss": float(totals[0] / totals[1]), "accuracy": right / count, "count": count}
         return found | {"flops_saved": self.flops_saved(mask)} | self.times(mask)
 
     def _collated(self, stop: Stop | None) -> Iterator[tuple[list[Any], dict[str, Any]]]:
@@ -195,6 +198,25 @@ class Playground:
                     parts = [np.random.default_rng(seed).random(self.num_sites)]
                 found[name] = np.concatenate(parts)
         return found
+
+    def place(self, values: Any, kinds: Sequence[str] = ("mha",)) -> np.ndarray:
+        """(num_sites,): preferences of some kinds' sites, such as a search's, in their places; nan at the others.
+
+        Raises ConfigError if this model's sites of these kinds are others in number.
+        """
+        values, placed = np.asarray(values, float).ravel(), np.full(self.num_sites, np.nan)
+        at = [site for kind in kinds for site in range(self.num_sites) if self.site_kinds[site] == kind]
+        if len(at) != len(values):
+            raise ConfigError(f"{len(values)} preferences of {'+'.join(kinds)} sites; this model has {len(at)} of them")
+        placed[at] = values
+        return placed
+
+    def compare(self, masks: Mapping[str, Iterable[int]]) -> pandas.DataFrame:
+        """A row a mask: name, mask, and the numbers of `evaluate`."""
+        import pandas as pd
+
+        rows = [{"name": name, "mask": check_mask(mask, self.num_sites)} for name, mask in masks.items()]
+        return pd.DataFrame([row | (self.evaluate(row["mask"]) or {}) for row in rows])
 
     # ----------------------------------------------------------------------------------------------- its answers
 

@@ -140,6 +140,21 @@ def test_rankings_by_scorers(base, task, play):
         play.rank(("cosine",))
 
 
+def test_preferences_of_a_search_go_to_their_places(play):
+    placed = play.place(range(LAYERS), ("ffn",))
+    np.testing.assert_array_equal(placed, [np.nan] * LAYERS + list(range(LAYERS)))
+    with pytest.raises(ConfigError, match="5 preferences of mha sites; this model has 12 of them"):
+        play.place(range(5))
+
+
+def test_masks_side_by_side(play):
+    table = play.compare({"nothing": (), "first": [LAYERS]})
+    assert table["name"].tolist() == ["nothing", "first"]
+    assert table["mask"].tolist() == [(), (LAYERS,)]
+    assert table["loss"].tolist() == [play.evaluate(())["loss"], play.evaluate((LAYERS,))["loss"]]
+    assert {"accuracy", "flops_saved", "ms_per_token", "speedup"} <= set(table)
+
+
 def test_what_does_not_fit_is_refused(base, task, play):
     with pytest.raises(ConfigError, match="sites are numbered 0 to 23"):
         play.evaluate((24,))

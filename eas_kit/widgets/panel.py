@@ -351,7 +351,7 @@ class SkipMaskWidget(ipywidgets.VBox):
     def _file(self, done: str, action: Callable[[str], None]) -> None:
         try:
             action(self.path.value)
-            self.file_status.value = parts.say(f"{done} {self.path.value}")
+            self.file_status.value = parts.say(f"{done} {Path(self.path.value).resolve()}")
         except Exception as error:
             self.file_status.value = parts.say(words_of(error), parts.WRONG)
 
