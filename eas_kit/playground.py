@@ -115,8 +115,7 @@ class Playground:
 
         loss (nats per target token) and accuracy (share of examples whose scored part is the most likely text), both by
         teacher forcing; count; flops_saved, the share of the decoder layers' multiply-accumulates that one prompt no
-        longer takes, adapters charged; ms_per_token while decoding that prompt, and speedup, the dense model's time by
-        this one's, measured in turn.
+        longer takes, adapters charged; and `times`.
         """
         mask = check_mask(mask, self.num_sites)
         totals, right, count = torch.zeros(3, dtype=torch.float64), 0, 0
@@ -163,7 +162,9 @@ class Playground:
                 return 1 - flops(self.model, inputs)["total"] / self._dense_flops
 
     def times(self, mask: Iterable[int]) -> dict[str, float]:
-        """ms_per_token while decoding, and speedup against nothing skipped (median of the rounds' ratios)."""
+        """Of decoding the first example's prompt: ms_per_token; dense_ms_per_token, of the model with nothing skipped,
+        measured in turn with it; and speedup, the median of the rounds' ratios dense / masked.
+        """
         mask = check_mask(mask, self.num_sites)
 
         def arm(skipped: tuple[int, ...]) -> Callable:
@@ -173,12 +174,16 @@ class Playground:
 
             return generate
 
-        arms = {"dense": arm(()), "mask": arm(mask)} if mask else {"mask": arm(())}
+        arms = {"dense": arm(()), **({"mask": arm(mask)} if mask else {})}
         settings = {"new_tokens": self.new_tokens, "repeats": self.rounds, **self.generation}
         with self._turn:
             found = compare_latency(arms, self._prompt(0), **settings, pad_token_id=self.task.tokenizer.pad_token_id)
-        step = found["arms"]["mask"]["decode_per_token"]["median"]
-        return {"ms_per_token": 1000 * step, "speedup": found["speedup"]["mask"]["decode"]["median"] if mask else 1.0}
+        steps = {name: 1000 * times["decode_per_token"]["median"] for name, times in found["arms"].items()}
+        return {
+            "ms_per_token": steps["mask"] if mask else steps["dense"],
+            "dense_ms_per_token": steps["dense"],
+            "speedup": found["speedup"]["mask"]["decode"]["median"] if mask else 1.0,
+        }
 
     def rank(self, scorers: Iterable[str] = tuple(SCORERS), **arguments: Any) -> dict[str, np.ndarray]:
         """Scorer -> (num_sites,), lowest skipped first: `eas_kit.scorers` on each kind of site, on split "search".

@@ -89,11 +89,12 @@ class SkipMaskWidget(ipywidgets.VBox):
         self._kinds = list(dict.fromkeys(state.kinds))
         self.toggles = [self._toggle(site) for site in range(state.num_sites)]
         self._values = {}
-        lines = [self._line("layer", ipywidgets.HTML(parts.cells(range(longest), self._width, 11)))]
+        thin = {"height": "16px", "margin": "0"}
+        lines = [self._line("layer", ipywidgets.HTML(parts.cells(range(longest), self._width, 11), layout=thin))]
         for name, first, stop in rows:
             row = self._line(name, *self.toggles[first:stop])
             row.add_class(f"skipmask-{name.lower().replace(' ', '-')}")
-            self._values[first, stop] = ipywidgets.HTML()
+            self._values[first, stop] = ipywidgets.HTML(layout=thin)
             lines += [row, self._line("", self._values[first, stop])]
         # one box that scrolls where the page is narrow: the rows then stay above each other, layer by layer
         self.sites = ipywidgets.VBox(lines, layout={"overflow": "auto", "max_width": "100%"})
@@ -112,9 +113,11 @@ class SkipMaskWidget(ipywidgets.VBox):
 
     @staticmethod
     def _line(name: str, *rest: ipywidgets.Widget) -> ipywidgets.HBox:
-        label = ipywidgets.Label(name, layout={"width": "44px", "min_width": "44px", "margin": "0 4px 0 0"})
+        size = {"width": "44px", "min_width": "44px", "height": "28px" if rest[1:] else "16px"}
+        label = ipywidgets.Label(name, layout={**size, "margin": "0 4px 0 0"})
         return ipywidgets.HBox(
-            [label, *rest], layout={"flex_flow": "row nowrap", "overflow": "visible", "flex": "0 0 auto"}
+            [label, *rest],
+            layout={"flex_flow": "row nowrap", "align_items": "center", "overflow": "visible", "flex": "0 0 auto"},
         )
 
     def _make_controls(self) -> None:
@@ -161,7 +164,7 @@ class SkipMaskWidget(ipywidgets.VBox):
         self.status.add_class("skipmask-status")
         self.table.add_class("skipmask-table")
         self.card.add_class("skipmask-card")
-        self.picture = ipywidgets.Image(format="png", layout={"width": "500px", "min_width": "300px"})
+        self.picture = ipywidgets.Image(format="png", layout={"width": "430px"})
         self.picture.add_class("skipmask-picture")
         if self.state.evaluate is None:
             self.picture.layout.display = "none"
@@ -172,9 +175,11 @@ class SkipMaskWidget(ipywidgets.VBox):
             value=min(example, count - 1) if count else None,
             description="example",
             style={"description_width": "initial"},
-            layout={"width": "420px"},
+            layout={"width": "370px"},
         )
-        self.card_box = ipywidgets.VBox([self.example, self.card], layout={"width": "600px", "margin": "0 20px 0 0"})
+        self.card_box = ipywidgets.VBox(
+            [self.example, self.card], layout={"flex": "1 1 380px", "max_width": "640px", "margin": "0 20px 0 0"}
+        )
 
     def _react(self) -> None:
         for toggle in self.toggles:

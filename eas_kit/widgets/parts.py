@@ -24,7 +24,7 @@ NAMES = {  # how the panel writes a number: its name, and its value
 
 def toggle_width(sites_in_row: int) -> int:
     """Pixels of a toggle: 32 sites, with their label, fit into a notebook in a window of 1,280 pixels."""
-    return 38 if sites_in_row <= 24 else 32
+    return 38 if sites_in_row <= 24 else 30
 
 
 def short(value: float) -> str:
@@ -89,9 +89,15 @@ def say(words: str, colour: str = INK) -> str:
 
 
 def numbers_table(dense: Mapping[str, float] | None, result: Mapping[str, float] | None) -> str:
-    """What nothing skipped and the present mask cost, a column a number; "" where the loss is all there is."""
-    known = [name for name in NAMES if name in (dense or result or {})]
-    more = [name for name in (dense or result or {}) if name not in NAMES]
+    """What nothing skipped and the present mask cost, a column a number; "" where the loss is all there is.
+
+    A number named "dense_..." was measured beside this mask's, with nothing skipped: it stands in the row for that.
+    """
+    beside = {name.removeprefix("dense_"): v for name, v in (result or {}).items() if name.startswith("dense_")}
+    dense = dense and {**dense, **beside}
+    first = dense or result or {}
+    known = [name for name in NAMES if name in first]
+    more = [name for name in first if name not in NAMES and name.removeprefix("dense_") not in beside]
     if len(known) + len(more) < 2:
         return ""
     names = {name: NAMES.get(name, (name.replace("_", " "), "{:.4g}")) for name in known + more}

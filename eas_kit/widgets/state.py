@@ -171,13 +171,14 @@ class SkipMaskState:
         text = f"skipped {len(self.mask)} of {self.num_sites}: {written(self.mask, self.kinds)}"
         if self.error:
             return f"{text}. Not evaluated: {self.error}"
-        dense, parts = self.tried.get((), {}), []
-        for name in ("loss", "accuracy"):
-            if self.result and name in self.result:
-                parts.append(f"{name} {self.result[name]:.4f}")
-                if self.mask and name in dense:
-                    parts[-1] += f" ({self.result[name] - dense[name]:+.4f} against nothing skipped)"
-        return "; ".join([text, *parts]).replace("-", "−")
+        result, dense = self.result or {}, self.tried.get((), {})
+        if "loss" in result:
+            text += f"; loss {result['loss']:.4f}"
+            if self.mask and "loss" in dense:
+                text += f" ({result['loss'] - dense['loss']:+.4f} against nothing skipped)"
+        if "accuracy" in result:
+            text += f"; accuracy {result['accuracy']:.1%}"
+        return text.replace("-", "−")
 
     # ------------------------------------------------------------------------------------------------- its file
 
@@ -230,7 +231,7 @@ class SkipMaskState:
                 fig.add_shape(type="line", xref="x domain", x0=0, x1=1, y0=known[()], y1=known[()], line=line)
             if self.mask in known:
                 here_loss = known[self.mask]
-                note(fig, f"{here_loss:.3f}", len(self.mask), here_loss, colour=BLUE, xshift=9)
+                note(fig, f"{here_loss:.3f}", len(self.mask), here_loss, colour=BLUE, xshift=9, yshift=8)
         most = max([len(mask) for mask in known], default=0) + 1
         fig.update_layout(
             xaxis=axis("skipped sites", range=[-0.5, most + 0.5], dtick=1 if most < 13 else 4, showgrid=False),
