@@ -139,11 +139,12 @@ class Playground:
         for number, start in enumerate(range(0, len(self.examples), self.batch_size)):
             if stop is not None and stop():
                 return
-            if number == len(self._batches):
-                opened, _ = self.task.opened(self.examples[start : start + self.batch_size])
-                batch = dict(self.task.collate(opened)) if opened else {}
-                moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                self._batches.append((opened, moved | {"use_cache": False}))
+            with self._turn:  # two threads must not both add this part; nor do tokenizers serve two at once
+                if number == len(self._batches):
+                    opened, _ = self.task.opened(self.examples[start : start + self.batch_size])
+                    batch = dict(self.task.collate(opened)) if opened else {}
+                    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                    self._batches.append((opened, moved | {"use_cache": False}))
             if self._batches[number][0]:
                 yield self._batches[number]
 
@@ -227,17 +228,19 @@ class Playground:
 
     def _prompt(self, i: int) -> dict[str, Any]:
         device = next(self.model.parameters()).device
-        inputs = self.task.collate([self.examples[i]], answers=False)
+        with self._turn:
+            inputs = self.task.collate([self.examples[i]], answers=False)
         return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
     def answer(self, mask: Iterable[int], i: int) -> str:
         """What the model itself writes for example `i` under the mask, greedily, as text."""
         mask, inputs = check_mask(mask, self.num_sites), self._prompt(i)
-        settings = {"max_new_tokens": room(self.task, self.examples), "do_sample": False, "num_beams": 1}
-        settings |= {"pad_token_id": self.task.tokenizer.pad_token_id} | self.generation | self._no_cache(mask)
+        settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.task.tokenizer.pad_token_id}
+        settings |= self.generation | self._no_cache(mask)
         with self.skipped(mask):
-            written = self.model.generate(**inputs, **settings)
-        return self.task.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            written = self.model.generate(**inputs, max_new_tokens=room(self.task, self.examples), **settings)
+            new = written[0, inputs["input_ids"].shape[1] :]
+            return self.task.tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def right(self, i: int, text: str) -> bool | None:
         """Whether a written text answers example `i`; None where its answer is not known."""

@@ -117,10 +117,10 @@ def test_it_stops_between_batches(play):
     assert play.evaluate((1,), stop=lambda: False)["count"] == COUNT
 
 
-def test_threads_take_turns(play):
+def test_threads_take_turns(base, task, play):
     masks = [(), (1,), (LAYERS,), (2, LAYERS + 3)]
-    alone = {mask: play.evaluate(mask)["loss"] for mask in masks}
-    found = {}
+    alone = {mask: Playground(base, task, play.examples, batch_size=4).evaluate(mask)["loss"] for mask in masks}
+    found = {}  # by a playground that has collated nothing yet
     threads = [
         threading.Thread(target=lambda mask=mask: found.update({mask: play.evaluate(mask)["loss"]})) for mask in masks
     ]
@@ -129,6 +129,7 @@ def test_threads_take_turns(play):
     for thread in threads:
         thread.join(60)
     assert found == alone
+    assert [len(opened) for opened, _ in play._batches] == [4, 2]
 
 
 def test_rankings_by_scorers(base, task, play):

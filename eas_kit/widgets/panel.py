@@ -90,12 +90,13 @@ class SkipMaskWidget(ipywidgets.VBox):
         self.toggles = [self._toggle(site) for site in range(state.num_sites)]
         self._values = {}
         thin = {"height": "16px", "margin": "0"}
-        lines = [self._line("layer", ipywidgets.HTML(parts.cells(range(longest), self._width, 11), layout=thin))]
+        layers = ipywidgets.HTML(parts.cells(range(longest), self._width, 11), layout=thin)
+        lines = [self._line("layer", layers, thin=True)]
         for name, first, stop in rows:
             row = self._line(name, *self.toggles[first:stop])
             row.add_class(f"skipmask-{name.lower().replace(' ', '-')}")
             self._values[first, stop] = ipywidgets.HTML(layout=thin)
-            lines += [row, self._line("", self._values[first, stop])]
+            lines += [row, self._line("", self._values[first, stop], thin=True)]
         # one box that scrolls where the page is narrow: the rows then stay above each other, layer by layer
         self.sites = ipywidgets.VBox(lines, layout={"overflow": "auto", "max_width": "100%"})
         self.sites.add_class("skipmask-sites")
@@ -112,13 +113,12 @@ class SkipMaskWidget(ipywidgets.VBox):
         return toggle
 
     @staticmethod
-    def _line(name: str, *rest: ipywidgets.Widget) -> ipywidgets.HBox:
-        size = {"width": "44px", "min_width": "44px", "height": "28px" if rest[1:] else "16px"}
-        label = ipywidgets.Label(name, layout={**size, "margin": "0 4px 0 0"})
-        return ipywidgets.HBox(
-            [label, *rest],
-            layout={"flex_flow": "row nowrap", "align_items": "center", "overflow": "visible", "flex": "0 0 auto"},
-        )
+    def _line(name: str, *rest: ipywidgets.Widget, thin: bool = False) -> ipywidgets.HBox:
+        size = {"width": "44px", "min_width": "44px", "margin": "0 4px 0 0", "height": "16px" if thin else "28px"}
+        small = f'<div style="font-size:11px;line-height:12px;color:{parts.GREY}">{name}</div>'
+        label = ipywidgets.HTML(small, layout=size) if thin else ipywidgets.Label(name, layout=size)
+        whole = {"flex_flow": "row nowrap", "align_items": "center", "overflow": "visible", "flex": "0 0 auto"}
+        return ipywidgets.HBox([label, *rest], layout=whole)
 
     def _make_controls(self) -> None:
         state = self.state
@@ -135,9 +135,9 @@ class SkipMaskWidget(ipywidgets.VBox):
         self.by = ipywidgets.Dropdown(
             options=list(state.rankings), description="preferences by", style=wide, layout={"width": "270px"}
         )
-        names = {f"{kind_look(kind)[2]} only": kind for kind in self._kinds}
+        names = [f"{kind_look(kind)[2]} only" for kind in self._kinds]
         self.of = ipywidgets.Dropdown(
-            options={"all sites": None, **names}, description="presets for", style=wide, layout={"width": "190px"}
+            options=["all sites", *names], description="presets for", style=wide, layout={"width": "190px"}
         )
         tips = {
             "k lowest": "skip the k sites of lowest preference",
@@ -190,11 +190,18 @@ class SkipMaskWidget(ipywidgets.VBox):
         self.k_lowest_button.on_click(lambda _: self.set_k_lowest(self.k.value))
         self.random_button.on_click(lambda _: self.set_random(self.k.value or 1))
         self.none_button.on_click(lambda _: self.set_mask(()))
-        self.all_but_one_button.on_click(lambda _: self.set_mask(self.state.all_but_one(self.of.value), "all but one"))
+        self.all_but_one_button.on_click(
+            lambda _: self.set_mask(self.state.all_but_one(self.preset_kind), "all but one")
+        )
         self.undo_button.on_click(lambda _: self.undo())
         self.redo_button.on_click(lambda _: self.redo())
         self.save_button.on_click(lambda _: self._file("saved to", self.save))
         self.load_button.on_click(lambda _: self._file("loaded from", self.load))
+
+    @property
+    def preset_kind(self) -> str | None:
+        """The kind that the presets are for; None: all of them."""
+        return [None, *self._kinds][self.of.index or 0]
 
     # -- actions -----------------------------------------------------------------
     def set_mask(self, mask: Iterable[int], made_by: str = "user") -> None:
@@ -205,11 +212,11 @@ class SkipMaskWidget(ipywidgets.VBox):
 
     def set_k_lowest(self, k: int) -> None:
         """Of the sites that the presets are for, the k of lowest preference."""
-        self.set_mask(self.state.k_lowest(k, self.of.value), made_by="k lowest")
+        self.set_mask(self.state.k_lowest(k, self.preset_kind), made_by="k lowest")
 
     def set_random(self, k: int) -> None:
         """Of the sites that the presets are for, k at random."""
-        self.set_mask(self.state.random(k, self.of.value), made_by="random")
+        self.set_mask(self.state.random(k, self.preset_kind), made_by="random")
 
     def undo(self) -> None:
         """Back to the mask before; `redo` takes that back."""
@@ -274,9 +281,8 @@ class SkipMaskWidget(ipywidgets.VBox):
             known = f"preference {value:.3g}" if np.isfinite(value) else "preference unknown"
             toggle.tooltip = f"skip site {site}: {name} of layer {layer}, {known}"
         self._meaning.value = (
-            '<span style="font-size:12px">On a toggle: the number of its site; below it: its preference'
-            f" ({state.by}). Orange: among the lowest, skipped first; blue: among the highest. Cross and dark frame:"
-            " skipped.</span>"
+            f'<span style="font-size:12px">Below a site: its preference ({state.by}). Orange: among the lowest, skipped'
+            " first; blue: among the highest. Cross and dark frame: skipped.</span>"
         )
 
     # -- evaluations -------------------------------------------------------------

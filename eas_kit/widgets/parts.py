@@ -28,11 +28,11 @@ def toggle_width(sites_in_row: int) -> int:
 
 
 def short(value: float) -> str:
-    """A preference in at most five letters, '–' if unknown: .012, −.012, 5.00, −12.3, 1234."""
+    """A preference in at most five letters, '–' if unknown: .012, −.012, 5.00, −12, 1234."""
     if not np.isfinite(value):
         return "–"
     size = abs(value)
-    digits = 3 if size < 0.9995 else 2 if size < 9.995 else 1 if size < 99.95 else 0
+    digits = 3 if size < 0.9995 else 2 if size < 9.995 else 0
     text = f"{value:.{digits}f}".replace("-", "−")
     return text.replace("0.", ".", 1) if digits == 3 else text
 
