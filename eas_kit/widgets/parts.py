@@ -69,7 +69,7 @@ def style_sheet(preferences: np.ndarray, panel: str) -> str:
         f"{at} .jupyter-button:focus-visible{{outline:3px solid #0072B2!important;outline-offset:1px}}",
         f"{at} table{{border-collapse:collapse;font-size:13px}}",
         f"{at} th,{at} td{{padding:1px 12px 1px 0;text-align:right;white-space:nowrap}}",
-        f"{at} th:first-child{{text-align:left;font-weight:normal;color:{GREY}}}",
+        f"{at} th:first-child{{vertical-align:top;text-align:left;font-weight:normal;color:{GREY}}}",
         f"{at} .widget-html-content{{line-height:1.4}}",
     ]
     return f"<style>{''.join(rules)}</style>"
@@ -121,7 +121,7 @@ def example_card(image: bytes, question: str, wanted: str, answers: Mapping[str,
     picture = ""
     if image:
         source = "data:image/png;base64," + base64.b64encode(image).decode()
-        look = "width:132px;height:132px;object-fit:contain;image-rendering:pixelated;border:1px solid #bbb"
+        look = "width:112px;height:112px;object-fit:contain;image-rendering:pixelated;border:1px solid #bbb"
         picture = f'<img src="{source}" alt="the picture of this example" style="{look}">'
     rows = []
     for name, answer in answers.items():
@@ -130,7 +130,7 @@ def example_card(image: bytes, question: str, wanted: str, answers: Mapping[str,
         else:
             text, right = answer
             mark, colour = {True: ("✓ right", GOOD), False: ("✗ wrong", WRONG), None: ("", INK)}[right]
-            said = f'<b>{escape(text or "(nothing)")}</b> <span style="color:{colour}">{mark}</span>'
+            said = f'<b>{escape(text or "(nothing)")}</b> <span style="color:{colour};white-space:nowrap">{mark}</span>'
         rows.append((name, said))
     if wanted:
         rows.append(("right answer", escape(wanted)))
