@@ -72,6 +72,7 @@ class Playground:
         self._turn = model._turn.lock if isinstance(model, EASModel) else RLock()
         self._batches: list[tuple[list[Any], dict[str, Any]]] = []
         self._dense_flops: int | None = None
+        self._room: int | None = None  # new tokens for an answer
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -238,7 +239,8 @@ class Playground:
         settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.task.tokenizer.pad_token_id}
         settings |= self.generation | self._no_cache(mask)
         with self.skipped(mask):
-            written = self.model.generate(**inputs, max_new_tokens=room(self.task, self.examples), **settings)
+            self._room = self._room or room(self.task, self.examples)
+            written = self.model.generate(**inputs, max_new_tokens=self._room, **settings)
             new = written[0, inputs["input_ids"].shape[1] :]
             return self.task.tokenizer.decode(new, skip_special_tokens=True).strip()
 
