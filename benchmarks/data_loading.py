@@ -230,7 +230,8 @@ def main() -> None:
                 f"{name:<10} {RECORDS[name]:>8,} records, {file_mb:6.0f} MB of JSON: {middle['seconds']:6.2f} s,"
                 f" {middle['peak_mb']:6.0f} MB at the peak, {middle['kept_mb']:6.0f} MB kept"
             )
-    about = {"command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]), "repeats": args.repeats}
+    only = "" if args.only == list(WRITERS) else " --only " + " ".join(args.only)
+    about = {"command": f"python benchmarks/data_loading.py{only} --repeats {args.repeats}", "repeats": args.repeats}
     found = about | {"machine": machine(), "versions": versions(), "data_sets": rows}
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -400,7 +400,7 @@ def real_data() -> str:
     return (
         table(["records", "mask", "Avg", *columns, "unparsed"], rows)
         + f"\n\n{given['num_skipped']} of 12 attentions skipped, {given['steps']} steps an arm, seed {found['seed']}, "
-        f"template {found['template']}. {'. '.join(said)}. The untuned model takes the likeliest option, tuned ones write. "
+        f"template `{found['template']}`. {'. '.join(said)}. The untuned model takes the likeliest option, tuned ones write. "
         "One seed and few steps: the pipeline at work, not a ranking of masks."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,40 @@ def read_mask(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def load_mask(path: str | Path, *, num_sites: int | None = None) -> tuple[int, ...]:
-    """The skipped sites in `path`. With `num_sites`, ConfigError unless the mask was made for that many sites."""
+def load_mask(
+    path: str | Path, *, num_sites: int | None = None, site_kinds: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """The skipped sites in `path`. With `num_sites`, ConfigError unless the mask was made for that many sites.
+
+    `site_kinds`: the kind of every site here ("mha", "ffn"), numbered kind after kind. A mask of one kind is then taken
+    for that kind's sites, and a mask of several kinds for one of them, if it skips nothing of the others.
+    """
     record = read_mask(path)
+    if site_kinds is not None:
+        return _renumbered(path, record, list(site_kinds))
     if num_sites is not None and record["num_sites"] != num_sites:
         raise ConfigError(
             f"mask {path} was made for {record['num_sites']} sites ({record.get('model')}), this model has {num_sites}"
         )
     return tuple(record["skipped"])
+
+
+def _renumbered(path: str | Path, record: dict[str, Any], here: list[str]) -> tuple[int, ...]:
+    """The record's sites in the numbering of `here`, kind by kind."""
+    kinds = str(record.get("kind") or here[0]).split("+")
+    each, rest = divmod(record["num_sites"], len(kinds))
+    counts = {kind: here.count(kind) for kind in dict.fromkeys(here)}
+    fitting = {kind: count for kind, count in counts.items() if kind in kinds}
+    if rest or not fitting or any(count != each for count in fitting.values()):
+        known = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        raise ConfigError(
+            f"mask {path} was made for {record['num_sites']} sites of {'+'.join(kinds)} ({record.get('model')}), here"
+            f" are {known}"
+        )
+    sites = []
+    for site in record["skipped"]:
+        kind = kinds[site // each]
+        if kind not in counts:
+            raise ConfigError(f"mask {path} skips site {site}, a {kind}; here only {', '.join(counts)} can be skipped")
+        sites.append(here.index(kind) + site % each)
+    return tuple(sorted(sites))

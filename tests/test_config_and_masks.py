@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -132,3 +133,27 @@ def test_wrong_mask_files(tmp_path):
         path.write_text(json.dumps({"format": 1, "num_sites": 3, "skipped": []} | wrong))
         with pytest.raises(ConfigError, match="wanted whole numbers for format and num_sites and a list for skipped"):
             load_mask(path)
+
+
+def test_a_mask_is_read_in_the_numbering_of_the_sites_here(tmp_path):
+    path, both = tmp_path / "mask.json", ["mha"] * 5 + ["ffn"] * 5
+    save_mask(path, [1, 3], num_sites=5, kind="mha")
+    assert load_mask(path, site_kinds=both) == (1, 3)
+    assert load_mask(path, site_kinds=["ffn"] * 5 + ["mha"] * 5) == (6, 8)
+    save_mask(path, [0, 4], num_sites=5, kind="ffn")
+    assert load_mask(path, site_kinds=both) == (5, 9)
+    save_mask(path, [2, 9], num_sites=10, kind="mha+ffn")
+    assert load_mask(path, site_kinds=both) == (2, 9)
+    with pytest.raises(ConfigError, match="skips site 9, a ffn; here only mha can be skipped"):
+        load_mask(path, site_kinds=["mha"] * 5)
+    save_mask(path, [2], num_sites=10, kind="mha+ffn")
+    assert load_mask(path, site_kinds=["mha"] * 5) == (2,)
+
+
+@pytest.mark.parametrize(("num_sites", "kind"), [(7, "mha"), (9, "mha+ffn"), (5, "layer")])
+def test_a_mask_of_other_sites_is_refused(tmp_path, num_sites, kind):
+    path = tmp_path / "mask.json"
+    save_mask(path, [1], num_sites=num_sites, kind=kind, model="other")
+    message = rf"was made for {num_sites} sites of {re.escape(kind)} \(other\), here are 5 mha, 5 ffn"
+    with pytest.raises(ConfigError, match=message):
+        load_mask(path, site_kinds=["mha"] * 5 + ["ffn"] * 5)

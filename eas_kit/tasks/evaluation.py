@@ -106,8 +106,11 @@ def _batches(
 
 
 # ---------------------------------------------------------------------- teacher forcing
-def _forced(task, model, examples: Sequence, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 3) by example: sum of losses in nats, count of target tokens, count of those hit; and (B,) bool, right."""
+def forced(task, model, examples: Sequence, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch by teacher forcing.
+
+    (B, 3) by example: sum of losses in nats, count of target tokens, count of those hit; and (B,) bool, right.
+    """
     losses, hit, counted, scored = _by_token(task, model, examples, batch)
     right = (hit | ~scored).all(1)
     return torch.stack([losses.sum(1), counted.sum(1).double(), (hit & counted).sum(1).double()], 1), right
@@ -139,7 +142,7 @@ def score(task, model, split: str, limit: int | None, batch_size: int, workers: 
             task.left_out(faulty)
             if not opened:
                 continue
-            sums, rights = _forced(task, model, opened, batch)
+            sums, rights = forced(task, model, opened, batch)
             total += sums.sum(0)
             right += int(rights.sum())
             count += len(opened)
@@ -247,7 +250,7 @@ def _predict(task, model, opened, batch, settings: Settings, new_tokens: int, wi
     losses = tokens = [None] * len(opened)
     if with_loss:
         labelled = task.with_answers(batch, opened) if batch else task.collate(opened)
-        sums, _ = _forced(task, model, opened, labelled)
+        sums, _ = forced(task, model, opened, labelled)
         losses, tokens = sums[:, 0].tolist(), [int(n) for n in sums[:, 1].tolist()]
     rows = zip(opened, texts, parsed, losses, tokens, strict=True)
     return [Prediction(e.id, text, answer, loss, count) for e, text, answer, loss, count in rows]
