@@ -29,7 +29,9 @@ NOTEBOOKS = ROOT / "notebooks"
 TOKEN = "a-token-for-the-tests"
 START, RUN, STEP = 90, 150, 30  # seconds: until a server or a page is up, a notebook has run, a click has its effect
 BADGE = "https://mybinder.org/badge_logo.svg"  # the one picture that notebooks have from elsewhere
-STAND_IN = '<svg xmlns="http://www.w3.org/2000/svg" width="109" height="20"><rect width="109" height="20" fill="#999"/></svg>'
+STAND_IN = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="109" height="20"><rect width="109" height="20" fill="#999"/></svg>'
+)
 
 
 def chromium() -> str | None:

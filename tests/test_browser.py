@@ -72,7 +72,7 @@ def test_the_start_page_opens_and_runs(lab, browser, screenshots):
 @pytest.fixture(scope="module")
 def searched(lab, browser):
     """Notebook 02, run to its end with the pictures of its search counted."""
-    small = {"seeds": [0], "warmup_steps": 3, "updates": 16, "reward_batch_size": 16, "random_masks": 1, "limit": 12}
+    small = {"seeds": [0], "warmup_steps": 3, "updates": 12, "reward_batch_size": 16, "random_masks": 1, "limit": 12}
     page = browser.open(lab, lab.add("02_search_with_bandit", small))
     search = page.cell_with(SEARCH)
     page.show_cell(search)
@@ -96,8 +96,8 @@ def test_the_heatmap_moves_while_the_search_runs(searched, screenshots):
 class Panel:
     """The panel of skip masks on a page: what a reader sees of it, and clicks."""
 
-    def __init__(self, page) -> None:
-        self.page, self.cell = page, page.show_cell(page.cell_with(TOUCH))
+    def __init__(self, page, sites: int = 12) -> None:
+        self.page, self.sites, self.cell = page, sites, page.show_cell(page.cell_with(TOUCH))
         self.box = self.cell.locator(".skipmask").first
         self.box.wait_for()
 
@@ -109,7 +109,7 @@ class Panel:
 
     def begin_at_none(self) -> None:
         self.press("none")
-        self.shows("skipped 0 of 12")
+        self.shows(f"skipped 0 of {self.sites}")
 
     def shows(self, *words: str) -> None:
         """Until the panel says all of these, the loss among them."""
@@ -118,8 +118,16 @@ class Panel:
 
     def mask(self) -> tuple[int, ...]:
         """The sites whose toggles look pressed."""
-        pressed = [self.toggle(site).evaluate("t => t.classList.contains('mod-active')") for site in range(12)]
+        pressed = [self.toggle(site).evaluate("t => t.classList.contains('mod-active')") for site in range(self.sites)]
         return tuple(site for site, is_pressed in enumerate(pressed) if is_pressed)
+
+    def picture(self) -> str:
+        """The address of the picture of the masks tried, another one for each drawing."""
+        return self.box.locator(".skipmask-picture").get_attribute("src")
+
+    def draws_another_than(self, picture: str) -> None:
+        now = "document.querySelector('.skipmask-picture')"
+        self.page.wait(f"before => {now}.src !== before && {now}.complete", picture)
 
     def tried(self) -> int:
         return int(self.page.ask("len(panel.state.tried)"))
@@ -134,12 +142,12 @@ def panel(searched):
 
 def test_a_toggle_skips_its_site_and_is_evaluated(panel, screenshots):
     site = next(s for s in (5, 6, 7) if f"({s},)" not in panel.page.ask("list(panel.state.tried)"))
-    tried, picture = panel.tried(), panel.box.locator(".skipmask-picture").get_attribute("src")
+    tried, picture = panel.tried(), panel.picture()
     panel.toggle(site).click()
     panel.shows(f"skipped 1 of 12: MHA {site};")
     assert panel.mask() == (site,)
     assert panel.tried() == tried + 1
-    panel.page.wait("before => document.querySelector('.skipmask-picture').src !== before", picture)
+    panel.draws_another_than(picture)
     panel.page.screenshot(screenshots, "02_panel", panel.page.cell_with(TOUCH))
     panel.toggle(site).click()
     panel.shows("skipped 0 of 12")
@@ -183,13 +191,13 @@ def test_a_saved_mask_is_a_mask_file(panel, lab):
         panel.toggle(site).click()
         panel.shows(f" {site};" if site == 9 else "skipped 2 of 12: MHA 1, 9;")
     panel.press("save")
-    panel.shows("saved to mask.json")
+    panel.shows("saved to", "mask.json")
     record = read_mask(lab.root / "notebooks" / "mask.json")
     assert (record["skipped"], record["num_sites"], record["kind"], record["model"]) == ([1, 9], 12, "mha", "tiny")
     panel.press("none")
     panel.shows("skipped 0 of 12")
     panel.press("load")
-    panel.shows("loaded from mask.json")
+    panel.shows("loaded from", "mask.json")
     assert panel.mask() == (1, 9)
     in_good_order(panel.page)
 
@@ -217,7 +225,7 @@ def test_a_saved_notebook_is_there_after_a_reload(searched, screenshots):
 # -- 02: stopped ---------------------------------------------------------------------------------------------------
 
 
-ENDLESS = {"warmup_steps": 3, "updates": 5000, "reward_batch_size": 16}
+ENDLESS = {"warmup_steps": 3, "updates": 400, "reward_batch_size": 16}
 
 
 def ends_stopped(page, search: int) -> None:
@@ -242,3 +250,107 @@ def test_the_interrupt_button_ends_a_search_with_its_picture(lab, browser, scree
     page.screenshot(screenshots, "02_interrupted", search)
     in_good_order(page)
     page.close()
+
+
+def test_the_buttons_hold_a_search_and_end_it_and_a_slider_plays_it_back(lab, browser, screenshots):
+    page = browser.open(lab, lab.add("02_search_with_bandit", ENDLESS, "02_stopped"))
+    search = page.cell_with(SEARCH)
+    page.watch_pictures(search)
+    page.begin_until(search)
+    bar = page.show_cell(search).locator(".eas-run-bar").first
+    page.wait("() => window.picturesSeen.size >= 2", seconds=RUN)
+    bar.get_by_role("button", name="Pause").click()
+    bar.get_by_text("Paused after step").wait_for()
+    page.screenshot(screenshots, "02_paused", search)
+    seen = page.pictures()
+    bar.get_by_role("button", name="Resume").click()
+    page.wait("seen => window.picturesSeen.size > seen", seen)
+    bar.get_by_role("button", name="Stop").click()
+    ends_stopped(page, search)
+    cell = page.show_cell(search)
+    slider = cell.locator(".eas-run-bar .noUi-handle")
+    slider.focus()
+    page.page.keyboard.press("ArrowLeft")
+    cell.locator(".jp-RenderedSVG img").wait_for()  # an earlier update, drawn as it was
+    page.page.keyboard.press("ArrowRight")
+    is_a_graph(cell)  # the end again
+    page.screenshot(screenshots, "02_stopped", search)
+    in_good_order(page)
+    page.close()
+
+
+# -- 06 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played(lab, browser):
+    small = {"scorers": ["single_ablation"], "trials": 1, "examples": 24, "score_limit": 8}
+    page = browser.open(lab, lab.add("06_skip_mask_playground", small))
+    page.run_all()
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def playground(played):
+    panel = Panel(played, sites=24)
+    panel.begin_at_none()
+    return panel
+
+
+def test_the_playground_answers_beside_the_dense_model(playground, screenshots):
+    page, card = playground.page, playground.box.locator(".skipmask-card")
+    answered = "before => { const c = document.querySelector('.skipmask-card').innerText;"
+    answered += " return c !== before && c.includes('this mask') && !c.includes('…'); }"
+    page.wait(answered, "")
+    before, picture = card.inner_text(), playground.picture()
+    playground.toggle(12).click()  # the first feed-forward, without which hardly an answer is left
+    playground.shows("skipped 1 of 24: FFN 12;", "against nothing skipped")
+    page.wait(answered, before)
+    rows = [row.split("\t") for row in card.inner_text().splitlines() if "\t" in row]
+    assert [row[0] for row in rows][:2] == ["nothing skipped", "this mask"]
+    assert rows[0][1] != rows[1][1]
+    playground.draws_another_than(picture)
+    shown = playground.box.locator(".skipmask-table").inner_text()
+    for words in ("time per token", "FLOPs saved", "nothing skipped", "this mask"):
+        assert words in shown
+    page.screenshot(screenshots, "06_panel", page.cell_with(TOUCH))
+    after = card.inner_text()
+    playground.box.get_by_label("example").select_option(index=3)
+    page.wait(answered, after)
+    in_good_order(page)
+
+
+def test_the_newest_click_wins(playground):
+    for site in (1, 4, 15):
+        playground.toggle(site).click()
+    playground.shows("skipped 3 of 24: MHA 1, 4; FFN 15;")
+    assert playground.mask() == (1, 4, 15)
+    loss = float(playground.page.ask("panel.state.tried[(1, 4, 15)]['loss']"))
+    playground.shows(f"loss {loss:.4f}")
+    in_good_order(playground.page)
+
+
+def test_undo_and_all_but_one(playground):
+    playground.toggle(7).click()
+    playground.shows("skipped 1 of 24: MHA 7;")
+    playground.press("all but one")
+    playground.shows("skipped 22 of 24")
+    assert len(playground.mask()) == 22
+    playground.press("undo")
+    playground.shows("skipped 1 of 24: MHA 7;")
+    playground.press("redo")
+    playground.shows("skipped 22 of 24")
+    in_good_order(playground.page)
+
+
+def test_the_playgrounds_mask_is_a_mask_file(playground, lab):
+    for site in (2, 20):
+        playground.toggle(site).click()
+    playground.shows("skipped 2 of 24: MHA 2; FFN 20;")
+    playground.box.get_by_label("mask file").fill("mine.json")
+    playground.press("save")
+    playground.shows("saved to", "mine.json")
+    record = read_mask(lab.root / "notebooks" / "mine.json")
+    assert (record["skipped"], record["num_sites"], record["model"]) == ([2, 20], 24, "tiny")
+    in_good_order(playground.page)
