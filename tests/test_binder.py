@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -62,6 +68,64 @@ def test_repo2docker_picks_conda_and_the_right_python():
     assert pack.python_version == "3.11"
     assert re.search(r'env update .*--file "binder/environment.yml"', dockerfile)
     assert "binder/postBuild" in dockerfile
+
+    assert re.search(r'^ENV R2D_ENTRYPOINT="\S*binder/start"', dockerfile, re.MULTILINE)
+
+
+def test_a_session_starts_with_one_thread_and_what_it_was_asked_to_run():
+    script = ROOT / "binder" / "start"
+    assert os.access(script, os.X_OK)
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [
+        script,
+        sys.executable,
+        "-c",
+        "import os, sys; print(os.environ['OMP_NUM_THREADS'], sys.argv[1:])",
+        "a b",
+    ]
+    for given, wanted in ({}, "1 ['a b']\n"), ({"OMP_NUM_THREADS": "3"}, "3 ['a b']\n"):
+        assert subprocess.run(command, env=clean | given, capture_output=True, text=True, check=True).stdout == wanted
+    assert subprocess.run([script, "false"]).returncode == 1
+
+
+@pytest.mark.slow
+def test_no_question_stands_over_the_first_page(tmp_path):
+    (line,) = re.findall(r"^jupyter (labextension .*)$", (ROOT / "binder" / "postBuild").read_text(), re.MULTILINE)
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        *shlex.split(line),
+        "--level=user",
+    ]  # the build's level: its environment
+    subprocess.run(command, env=os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path)}, capture_output=True, check=True)
+    written = json.loads((tmp_path / "labconfig" / "page_config.json").read_text())
+    assert written["disabledExtensions"] == {"@jupyterlab/apputils-extension:announcements": True}
+
+
+def badges(text: str) -> list[dict[str, str]]:
+    """owner, repository, revision and the path that the session opens, of each Binder badge that is a link."""
+    form = r"\[!\[[^]]*\]\(https://mybinder\.org/badge_logo\.svg\)\]\(([^)]+)\)"
+    found = []
+    for link in re.findall(form, text):
+        url = urlsplit(link)
+        assert (url.scheme, url.netloc) == ("https", "mybinder.org")
+        provider, owner, repository, revision = url.path.removeprefix("/v2/").split("/")
+        assert provider == "gh"
+        assert list(parse_qs(url.query)) == ["urlpath"]
+        found.append({"at": (owner, repository, revision), "opens": parse_qs(url.query)["urlpath"][0]})
+    return found
+
+
+def test_badges_open_the_page_they_stand_on():
+    (readme,) = badges((ROOT / "README.md").read_text())
+    assert readme["opens"] == "lab/tree/notebooks/00_start_here.ipynb"
+    assert readme["at"][-1] == "HEAD"
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text = "\n".join(
+            cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+        )
+        assert badges(text) == [{"at": readme["at"], "opens": f"lab/tree/notebooks/{path.name}"}], path.name
 
 
 def test_no_local_path_in_the_pip_section():

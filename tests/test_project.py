@@ -147,7 +147,7 @@ def test_the_citation_names_the_paper():
 
 
 def test_scripts_are_executable():
-    for path in (".ci/run", "binder/postBuild", "tests/versions.sh"):
+    for path in (".ci/run", "binder/postBuild", "binder/start", "tests/versions.sh"):
         assert os.access(ROOT / path, os.X_OK), path
         subprocess.run(["bash", "-n", ROOT / path], check=True)
 
