@@ -300,6 +300,8 @@ def test_options_pick_the_likeliest(processor, model):
 def test_errors_name_what_exists(processor):
     with pytest.raises(TaskError, match="choose one of aid, conv.*, vqav2, or give your own as 'module:Class'"):
         load_task("chess", processor)
+    with pytest.raises(TaskError, match=r"^load_task\(name, processor\): wanted the name of a task first, got a Llava"):
+        load_task(processor, "digits")
     with pytest.raises(TaskError, match="there is no 'dev'"):
         load_task("digits", processor).split("dev")
     with pytest.raises(TaskError, match="digits: limit is a number of examples from 1 up, or None for all; not 0"):

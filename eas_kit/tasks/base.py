@@ -136,6 +136,8 @@ class Task:
             setattr(self, role, Generated(partial(make, role), size))
 
     def _check_sizes(self, sizes: Mapping[str, int] | None) -> None:
+        if not isinstance(sizes or {}, Mapping):
+            raise TaskError(f"{self.name}: sizes are by split, as {{'test': 200}}, not {sizes!r}")
         unknown = [role for role in sizes or {} if role not in ROLES]
         if unknown:
             raise TaskError(f"{self.name}: sizes are by split, {', '.join(ROLES)}; there is no {', '.join(unknown)}")
