@@ -140,6 +140,34 @@ def test_other_settings_are_refused_by_name(task, folder, processor, model, tmp_
     refused(r"other settings: weights was '\w{16}', is '\w{16}'. Give")
 
 
+def test_a_part_leaves_the_room_that_the_whole_split_wants(folder, processor, model, tmp_path):
+    path = tmp_path / "said.jsonl"
+    task = load_task("scienceqa", processor, data_dir=folder, answer_with="text")
+    lengths = {e.id: task.target_ids(e)[1] for e in task.split(SPLIT)}
+    longest = max(lengths.values())
+    part = max(n for n in range(1, COUNT) if max(lengths[e.id] for e in task.split(SPLIT, n)) < longest)
+    task.evaluate(model, SPLIT, limit=part, predictions=path, with_loss=False)
+    assert json.loads(path.with_suffix(".settings.json").read_text())["max_new_tokens"] == longest + 4
+    assert task.evaluate(model, SPLIT, predictions=path, with_loss=False)["count"] == COUNT == len(lines(path))
+
+
+def test_answers_inside_of_a_block_are_those_of_another_model(task, model, processor, tmp_path):
+    path = tmp_path / "said.jsonl"
+    task.evaluate(model, SPLIT, limit=1, predictions=path, with_loss=False)
+    with (
+        eas.skipping(model, mha=(1,)),
+        pytest.raises(DataError, match=r"skipping was None, is \['.*layers.1.self_attn'\]"),
+    ):
+        task.evaluate(model, SPLIT, limit=1, predictions=path, with_loss=False)
+    assert task.evaluate(model, SPLIT, limit=1, predictions=path, with_loss=False)["count"] == 1
+    net = eas.attach(make_model(processor, seed=3).eval(), eas.EASConfig(skip_rank=4, adapt_rank=2))
+    net.mask, other = [1], tmp_path / "net.jsonl"
+    task.evaluate(net, SPLIT, limit=1, predictions=other, with_loss=False)
+    static = eas.static_merge(net, task, split=SPLIT, num_examples=1, score_on=None)
+    with static, pytest.raises(DataError, match="other settings: merged was None, is True. Give"):
+        task.evaluate(net, SPLIT, limit=1, predictions=other, with_loss=False)
+
+
 def test_the_same_weights_in_another_precision_are_another_model(task, processor, tmp_path):
     model = make_model(processor, seed=3).eval().bfloat16()
     task.evaluate(model, SPLIT, limit=1, predictions=tmp_path / "said.jsonl", with_loss=False)
