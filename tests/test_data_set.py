@@ -249,10 +249,27 @@ def test_where_the_data_are(tmp_path):
     with pytest.raises(DataError, match="shapes: data_dir .*file is a file; wanted a folder"):
         Shapes(None, tmp_path / "file")
     with pytest.raises(DataError, match="shapes: image_dir .*gone is not a folder"):
-        Shapes(None, write(tmp_path, train=[{**GOOD, "image": "a.png"}]), image_dir=tmp_path / "gone")
+        Shapes(None, write(tmp_path, train=[{**GOOD, "image": "a.png"}]), image_dir=tmp_path / "gone", on_error="skip")
     (tmp_path / "down" / "Shapes1.0").mkdir(parents=True)  # as an archive unpacks, and its pictures beside
     write(tmp_path / "down" / "Shapes1.0", ["a.png"], train=[{**GOOD, "image": "a.png"}])
     assert Shapes(None, tmp_path / "down").train[0].images[0].size == (24, 24)
+
+
+def test_sizes_and_shares_are_by_role(tmp_path):
+    write(tmp_path, train=(4, 0))
+    with pytest.raises(TaskError, match=r"^shapes: sizes are by split, as \{'test': 200\}, not 200$"):
+        Shapes(None, tmp_path, sizes=200)
+    with pytest.raises(TaskError, match=r"^shapes: held_out is by role, as \{'search': 0.1\}, not 0.2$"):
+        Shapes(None, tmp_path, held_out=0.2)
+
+
+def test_what_was_skipped_is_not_looked_at_without_need(tmp_path, monkeypatch):
+    task = Shapes(None, write(tmp_path, train=(4, 0)))
+    task.left_out([Problem("pictures", "a", "gone")])
+    task.left_out([Problem("pictures", "a", "gone"), Problem("pictures", "b", "gone")])
+    assert [p.record for p in task.skipped] == ["a", "b"]
+    monkeypatch.setattr(Shapes, "skipped", property(lambda self: pytest.fail("looked at")))
+    task.opened(task.train)  # as for every example of every batch
 
 
 def test_a_hub_copy_that_cannot_be_loaded_says_so_at_once(tmp_path):
