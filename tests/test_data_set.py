@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import time
@@ -261,6 +262,16 @@ def test_sizes_and_shares_are_by_role(tmp_path):
         Shapes(None, tmp_path, sizes=200)
     with pytest.raises(TaskError, match=r"^shapes: held_out is by role, as \{'search': 0.1\}, not 0.2$"):
         Shapes(None, tmp_path, held_out=0.2)
+
+
+def test_a_folder_of_many_pictures_is_listed_once(tmp_path, monkeypatch):
+    write(tmp_path, ["a.png"], train=[{**GOOD, "image": "a.png"}])
+    (tmp_path / "down").mkdir()
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    task = Shapes(None, tmp_path)
+    assert not task.has("none.json") and not task.has("none.jsonl") and task.has("train.json")
+    assert task._further_down == [tmp_path / "down", tmp_path / "images"] and listed == [tmp_path]
 
 
 def test_what_was_skipped_is_not_looked_at_without_need(tmp_path, monkeypatch):

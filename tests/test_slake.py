@@ -161,6 +161,7 @@ def test_files_in_llavas_form(tmp_path):
     (tmp_path / "train_llava_en.json").write_text(json.dumps(english["train"]))
     (tmp_path / "testval_llava_en.json").write_text(json.dumps(english["test"] + english["validate"]))
     task = Slake(None, tmp_path, held_out={"search": 0.2, "val": 0.2})
+    assert (task.about()["data"], plain.about()["data"]) == ("files in LLaVA's form", "owner's files")
     assert [len(getattr(task, role)) for role in ROLES][3] == 8 and 4 <= len(task.val) <= 6
     groups = [{e.group for e in getattr(task, role)} for role in ("train", "search", "val")]
     assert len(set().union(*groups)) == sum(map(len, groups)) == 22  # no picture in two roles

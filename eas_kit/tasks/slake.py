@@ -12,7 +12,7 @@ from typing import Any
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.answers import find_name, short_answer
 from eas_kit.tasks.base import Example
-from eas_kit.tasks.conversations import ANSWER_TYPES, check_answer, grade, read_conversations
+from eas_kit.tasks.conversations import ANSWER_TYPES, LLAVA, check_answer, grade, read_conversations
 from eas_kit.tasks.data_set import Card, DataSetTask
 from eas_kit.tasks.pictures import Pictures
 from eas_kit.tasks.records import Problem, field, read_json
@@ -61,6 +61,7 @@ class Slake(DataSetTask):
     # ------------------------------------------------------------------ reading
     def read_folder(self) -> dict[str, list[Example]]:
         if any(self.has(name) for name in _LLAVA["train"]):
+            self.form = LLAVA
             return {split: read_conversations(self, self.file(*names)) for split, names in _LLAVA.items()}
         files = {"train": ("train.json",), "val": ("validate.json", "validation.json"), "test": ("test.json",)}
         return {split: self._read_file(split, self.file(*names)) for split, names in files.items()}
