@@ -263,7 +263,7 @@ def test_lines_that_are_none(task, scribe, tmp_path, row, message):
 def test_answers_that_are_missing(task, scribe, tmp_path):
     rows = [{"id": i, "text": text} for i, text in scribe.texts.items()]
     path = write(tmp_path / "said.jsonl", rows[:8])
-    message = r"of 10 examples: 2 ids are missing, as '49'. .* stopped\? \(limit=... scores the first examples only\)"
+    message = r"of 10 examples: 2 ids are missing, as '49'. .* stopped\? \(A run over a part.* sizes=\{'test': N\}\)$"
     with pytest.raises(DataError, match=message):
         task.score_predictions(path, SPLIT)
     with pytest.raises(DataError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -295,6 +297,11 @@ def test_options_pick_the_likeliest(processor, model):
         load_task("reading", processor).evaluate(model, "val", limit=2, method="options")
     with pytest.raises(TaskError, match="'generate' or 'options'"):
         task.evaluate(model, "val", limit=2, method="guess")
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(TaskError, match="elements: the model's loss of '.+' as answer to .+ is NaN; in half precision"):
+        task.evaluate(broken, "val", limit=2, method="options")
 
 
 def test_errors_name_what_exists(processor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -203,6 +204,12 @@ def _by_option(task, model, examples: Sequence) -> list[str]:
     variants = [replace(examples[i], answer=c, explanation="") for i, c in trial]
     losses, _, _, scored = _by_token(task, model, variants, task.collate(variants))
     mean = ((losses * scored).sum(1) / scored.sum(1)).tolist()
+    wrong = next((variant for variant, value in zip(variants, mean, strict=True) if math.isnan(value)), None)
+    if wrong is not None:  # smaller than nothing: no option would be chosen
+        raise TaskError(
+            f"{task.name}: the model's loss of {wrong.answer!r} as answer to {wrong.id} is NaN; in half precision try"
+            " bfloat16 or float32"
+        )
     best: list[tuple[float, str]] = [(float("inf"), "")] * len(examples)
     for (i, choice), value in zip(trial, mean, strict=True):
         best[i] = min(best[i], (value, choice))
@@ -338,7 +345,8 @@ def _read_parsed(task, path: str | Path, split: str, examples: Sequence) -> dict
             which = f"{len(missing)} ids are missing, as {missing[0]!r}"
         raise DataError(
             f"{task.name}: {path} does not fit split {split} of {len(examples)} examples: {which}. Is it of another"
-            " split, or was the run that made it stopped? (limit=... scores the first examples only)"
+            " split, or was the run that made it stopped? (A run over a part, limit=N, is scored with limit=N or"
+            f" sizes={{{split!r}: N}})"
         )
     for example in examples:
         one = found[example.id]
