@@ -271,6 +271,10 @@ def test_answers_that_are_missing(task, scribe, tmp_path):
     write(path, [*rows[:9], {"id": rows[9]["id"], "answer": [0.5, 1.5]}])
     with pytest.raises(DataError, match=r"the answer to '\d+' should be a text or null, it is \[0.5, 1.5\]$"):
         task.score_predictions(path, SPLIT)
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory; wanted a predictions file$"):
+        task.score_predictions(tmp_path, SPLIT)
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows))  # as on Windows
+    assert task.score_predictions(path, SPLIT)["count"] == COUNT
     with pytest.raises(DataError, match=r"there is no predictions file .*none.jsonl"):
         task.score_predictions(tmp_path / "none.jsonl", SPLIT)
     (tmp_path / "bytes.jsonl").write_bytes(b'{"id": "\xff"}')
