@@ -108,6 +108,9 @@ def test_held_out_parts_are_whole_groups_and_reproducible(tmp_path):
 def test_an_owners_validation_split_is_not_held_out(tmp_path):
     task = Shapes(None, write(tmp_path, train=(40, 0), val=(3, 0)))
     assert [len(getattr(task, role)) for role in ROLES] == [38, 2, 3, 0] and task.sources["val"] == "val"
+    assert len(Shapes(None, tmp_path, held_out={"val": 0}).val) == 3
+    with pytest.raises(TaskError, match="shapes: val is the owners' split 'val', not held out of train; leave it out"):
+        Shapes(None, tmp_path, held_out={"val": 0.1})
 
 
 def test_hold_out_by_count():

@@ -85,7 +85,7 @@ class DataSetTask(Task):
         self._inside: Path | None = None
         self.seed, self.check_images = seed, check_images
         self.image_dir = None if image_dir is None else Path(image_dir).expanduser()
-        self._held_out = self._checked_shares(held_out)
+        self._held_out, self._asked = self._checked_shares(held_out), tuple(held_out or ())
         if self.image_dir is not None and not self.image_dir.is_dir():  # no fault of records, to be skipped
             raise DataError(f"{self.name}: image_dir {self.image_dir} is not a folder")
         self._check_sizes(sizes)  # before minutes of reading
@@ -230,6 +230,12 @@ class DataSetTask(Task):
                 self.sources[role] = split
         if not self.train:
             return
+        useless = [role for role in self._asked if role in self.sources and self._held_out[role]]
+        if useless:
+            raise TaskError(
+                f"{self.name}: {useless[0]} is the owners' split {self.sources[useless[0]]!r}, not held out of train;"
+                " leave it out of held_out"
+            )
         wanted = {role: share for role, share in self._held_out.items() if role not in self.sources}
         if sum(wanted.values()) >= 1:
             raise TaskError(
