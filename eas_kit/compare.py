@@ -226,13 +226,16 @@ def best_scorer(model: nn.Module, task: Any, k: int, limit: int | None = None) -
 
 
 def _digest(task: Any) -> str:
-    """Tells tasks apart that share a name: of template and first questions of every split."""
+    """Tells tasks apart that share a name: of what they say of themselves and the first questions of every split."""
     parts = [getattr(task, "template", ""), getattr(task, "parser", "")]
+    if hasattr(task, "about"):  # has the seed: all of AID's questions are alike, whichever pictures were drawn
+        parts.append(json.dumps(task.about(), sort_keys=True, default=str))
     for split in ("train", "search", "val", "test"):
         examples = getattr(task, split)
         for i in range(min(5, len(examples))):
             example = examples[i]
             parts += [
+                getattr(example, "id", ""),
                 getattr(example, "question", ""),
                 getattr(example, "explanation", ""),
                 getattr(example, "answer", ""),

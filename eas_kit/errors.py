@@ -31,6 +31,10 @@ class DataError(TaskError):
     """A file of a data set, a record of it or a picture is missing, broken or contradicts itself."""
 
 
+class NothingOpenedError(DataError):
+    """No example of a batch has pictures that can be opened, and such examples are to be left out."""
+
+
 class TrainingError(EASError, RuntimeError):
     """Training or search cannot go on."""
 

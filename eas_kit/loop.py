@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import LoopConfig
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, NothingOpenedError, TrainingError
 from .modes import keeping_modes
 from .processes import Order, StopOnInterrupt, make_accelerator, recompute, recomputing
 from .sites import unwrap
@@ -164,10 +164,7 @@ class Loop:
         config, accelerator = self.config, self.accelerator
         size = config.batch_size
         first = self.done * config.gradient_accumulation_steps * size
-        parts = [
-            self._share([self.examples[i] for i in self.order.take(first + part * size, size)])
-            for part in range(config.gradient_accumulation_steps)
-        ]
+        parts = [self._training_batch(first + part * size, size) for part in range(config.gradient_accumulation_steps)]
         counts = [answer_tokens(batch) for batch in parts]
         total = self._sum(float(sum(counts)))
         loss_sum = 0.0
@@ -278,6 +275,20 @@ class Loop:
         if getattr(self, "model", self.net) is not self.net:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model = self.net
+
+    def _training_batch(self, first: int, size: int) -> dict:
+        """The batch at a place of the order.
+
+        Where none of its pictures opens, and such examples are to be left out, the next one of the order that does open
+        stands in for it: every step is a step.
+        """
+        try:
+            return self._share([self.examples[i] for i in self.order.take(first, size)])
+        except NothingOpenedError:
+            for i in self.order.take(first + size, len(self.examples)):
+                with suppress(NothingOpenedError):
+                    return self._share([self.examples[i]] * self.accelerator.num_processes)
+            raise
 
     def _share(self, examples: Sequence) -> dict:
         """This process's part of a batch, collated, on the device."""

@@ -358,6 +358,12 @@ def test_results_of_another_template_or_other_weights_are_not_reused(toy_task):
     assert _digest(one) != _digest(SimpleNamespace(template="B", parser="p", **splits))
     other = SimpleNamespace(question="Why?", explanation="", answer="That")
     assert _digest(one) != _digest(SimpleNamespace(template="A", parser="p", **(splits | {"test": [other]})))
+    seeds = [
+        SimpleNamespace(template="A", parser="p", about=lambda seed=seed: {"seed": seed}, **splits) for seed in (0, 1)
+    ]
+    assert _digest(seeds[0]) != _digest(seeds[1]) and _digest(seeds[0]) == _digest(seeds[0])
+    named = SimpleNamespace(**vars(example) | {"id": "Airport/airport_2"})  # of one question, asked of all pictures
+    assert _digest(one) != _digest(SimpleNamespace(template="A", parser="p", **(splits | {"val": [named]})))
     model = torch.nn.Linear(3, 5)
     before = _fingerprint(model)
     model.bias.data += 1

@@ -171,6 +171,7 @@ def test_files_and_roles(folder):
     assert [len(getattr(task, role)) for role in ROLES] == [34, 2, 2, 2]
     assert len({e.id for role in ROLES for e in getattr(task, role)}) == 40
     assert task.sources["test"] == "held out of train (share 0.05, seed 0)"
+    assert task.about()["data"] == "files in LLaVA's form"
     task = load(folder, many, name="train.json", held_out={"search": 0.25, "val": 0, "test": 0.1})
     assert [len(getattr(task, role)) for role in ROLES] == [26, 10, 0, 4]
     (folder / "dev.jsonl").write_text("\n".join(json.dumps(record("other", "no", id=i)) for i in range(3)) + "\n")

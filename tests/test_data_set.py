@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import time
@@ -107,6 +108,9 @@ def test_held_out_parts_are_whole_groups_and_reproducible(tmp_path):
 def test_an_owners_validation_split_is_not_held_out(tmp_path):
     task = Shapes(None, write(tmp_path, train=(40, 0), val=(3, 0)))
     assert [len(getattr(task, role)) for role in ROLES] == [38, 2, 3, 0] and task.sources["val"] == "val"
+    assert len(Shapes(None, tmp_path, held_out={"val": 0}).val) == 3
+    with pytest.raises(TaskError, match="shapes: val is the owners' split 'val', not held out of train; leave it out"):
+        Shapes(None, tmp_path, held_out={"val": 0.1})
 
 
 def test_hold_out_by_count():
@@ -249,10 +253,37 @@ def test_where_the_data_are(tmp_path):
     with pytest.raises(DataError, match="shapes: data_dir .*file is a file; wanted a folder"):
         Shapes(None, tmp_path / "file")
     with pytest.raises(DataError, match="shapes: image_dir .*gone is not a folder"):
-        Shapes(None, write(tmp_path, train=[{**GOOD, "image": "a.png"}]), image_dir=tmp_path / "gone")
+        Shapes(None, write(tmp_path, train=[{**GOOD, "image": "a.png"}]), image_dir=tmp_path / "gone", on_error="skip")
     (tmp_path / "down" / "Shapes1.0").mkdir(parents=True)  # as an archive unpacks, and its pictures beside
     write(tmp_path / "down" / "Shapes1.0", ["a.png"], train=[{**GOOD, "image": "a.png"}])
     assert Shapes(None, tmp_path / "down").train[0].images[0].size == (24, 24)
+
+
+def test_sizes_and_shares_are_by_role(tmp_path):
+    write(tmp_path, train=(4, 0))
+    with pytest.raises(TaskError, match=r"^shapes: sizes are by split, as \{'test': 200\}, not 200$"):
+        Shapes(None, tmp_path, sizes=200)
+    with pytest.raises(TaskError, match=r"^shapes: held_out is by role, as \{'search': 0.1\}, not 0.2$"):
+        Shapes(None, tmp_path, held_out=0.2)
+
+
+def test_a_folder_of_many_pictures_is_listed_once(tmp_path, monkeypatch):
+    write(tmp_path, ["a.png"], train=[{**GOOD, "image": "a.png"}])
+    (tmp_path / "down").mkdir()
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    task = Shapes(None, tmp_path)
+    assert not task.has("none.json") and not task.has("none.jsonl") and task.has("train.json")
+    assert task._further_down == [tmp_path / "down", tmp_path / "images"] and listed == [tmp_path]
+
+
+def test_what_was_skipped_is_not_looked_at_without_need(tmp_path, monkeypatch):
+    task = Shapes(None, write(tmp_path, train=(4, 0)))
+    task.left_out([Problem("pictures", "a", "gone")])
+    task.left_out([Problem("pictures", "a", "gone"), Problem("pictures", "b", "gone")])
+    assert [p.record for p in task.skipped] == ["a", "b"]
+    monkeypatch.setattr(Shapes, "skipped", property(lambda self: pytest.fail("looked at")))
+    task.opened(task.train)  # as for every example of every batch
 
 
 def test_a_hub_copy_that_cannot_be_loaded_says_so_at_once(tmp_path):

@@ -105,14 +105,18 @@ def test_places_inside(tmp_path):
 def test_links_lead_anywhere_inside_but_not_out(tmp_path):
     secret, root = save(tmp_path / "secret.png"), tmp_path / "root"
     save(root / "real" / "a.png")
+    save(tmp_path / "disk" / "b.png")
+    (tmp_path / "disk" / "deep.png").symlink_to(secret)
+    (root / "train").symlink_to(tmp_path / "disk")  # a whole folder of pictures, on another disk
+    (root / "real" / "outer").symlink_to(tmp_path)
     (root / "inside.png").symlink_to(root / "real" / "a.png")
     (root / "out.png").symlink_to(secret)
-    (root / "outer").symlink_to(tmp_path)
     (root / "circle.png").symlink_to(root / "circle.png")
     (tmp_path / "elsewhere").symlink_to(root)
     for folder in (root, tmp_path / "elsewhere"):  # the folder itself may be a link
         assert open_picture(at(folder, "inside.png")).size == (3, 2)
-        for place in ("out.png", "outer/secret.png"):
+        assert open_picture(at(folder, "train/b.png")).size == (3, 2)
+        for place in ("out.png", "train/deep.png", "real/outer/secret.png"):
             with pytest.raises(DataError, match="record 7: the picture .* is a link that leads out .*by image_dir"):
                 open_picture(at(folder, place))
         with pytest.raises(DataError, match="record 7: the picture .*circle.png cannot be opened"):

@@ -140,6 +140,34 @@ def test_other_settings_are_refused_by_name(task, folder, processor, model, tmp_
     refused(r"other settings: weights was '\w{16}', is '\w{16}'. Give")
 
 
+def test_a_part_leaves_the_room_that_the_whole_split_wants(folder, processor, model, tmp_path):
+    path = tmp_path / "said.jsonl"
+    task = load_task("scienceqa", processor, data_dir=folder, answer_with="text")
+    lengths = {e.id: task.target_ids(e)[1] for e in task.split(SPLIT)}
+    longest = max(lengths.values())
+    part = max(n for n in range(1, COUNT) if max(lengths[e.id] for e in task.split(SPLIT, n)) < longest)
+    task.evaluate(model, SPLIT, limit=part, predictions=path, with_loss=False)
+    assert json.loads(path.with_suffix(".settings.json").read_text())["max_new_tokens"] == longest + 4
+    assert task.evaluate(model, SPLIT, predictions=path, with_loss=False)["count"] == COUNT == len(lines(path))
+
+
+def test_answers_inside_of_a_block_are_those_of_another_model(task, model, processor, tmp_path):
+    path = tmp_path / "said.jsonl"
+    task.evaluate(model, SPLIT, limit=1, predictions=path, with_loss=False)
+    with (
+        eas.skipping(model, mha=(1,)),
+        pytest.raises(DataError, match=r"skipping was None, is \['.*layers.1.self_attn'\]"),
+    ):
+        task.evaluate(model, SPLIT, limit=1, predictions=path, with_loss=False)
+    assert task.evaluate(model, SPLIT, limit=1, predictions=path, with_loss=False)["count"] == 1
+    net = eas.attach(make_model(processor, seed=3).eval(), eas.EASConfig(skip_rank=4, adapt_rank=2))
+    net.mask, other = [1], tmp_path / "net.jsonl"
+    task.evaluate(net, SPLIT, limit=1, predictions=other, with_loss=False)
+    static = eas.static_merge(net, task, split=SPLIT, num_examples=1, score_on=None)
+    with static, pytest.raises(DataError, match="other settings: merged was None, is True. Give"):
+        task.evaluate(net, SPLIT, limit=1, predictions=other, with_loss=False)
+
+
 def test_the_same_weights_in_another_precision_are_another_model(task, processor, tmp_path):
     model = make_model(processor, seed=3).eval().bfloat16()
     task.evaluate(model, SPLIT, limit=1, predictions=tmp_path / "said.jsonl", with_loss=False)
@@ -235,7 +263,7 @@ def test_lines_that_are_none(task, scribe, tmp_path, row, message):
 def test_answers_that_are_missing(task, scribe, tmp_path):
     rows = [{"id": i, "text": text} for i, text in scribe.texts.items()]
     path = write(tmp_path / "said.jsonl", rows[:8])
-    message = r"of 10 examples: 2 ids are missing, as '49'. .* stopped\? \(limit=... scores the first examples only\)"
+    message = r"of 10 examples: 2 ids are missing, as '49'. .* stopped\? \(A run over a part.* sizes=\{'test': N\}\)$"
     with pytest.raises(DataError, match=message):
         task.score_predictions(path, SPLIT)
     with pytest.raises(DataError, match=message):
@@ -243,6 +271,10 @@ def test_answers_that_are_missing(task, scribe, tmp_path):
     write(path, [*rows[:9], {"id": rows[9]["id"], "answer": [0.5, 1.5]}])
     with pytest.raises(DataError, match=r"the answer to '\d+' should be a text or null, it is \[0.5, 1.5\]$"):
         task.score_predictions(path, SPLIT)
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory; wanted a predictions file$"):
+        task.score_predictions(tmp_path, SPLIT)
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows))  # as on Windows
+    assert task.score_predictions(path, SPLIT)["count"] == COUNT
     with pytest.raises(DataError, match=r"there is no predictions file .*none.jsonl"):
         task.score_predictions(tmp_path / "none.jsonl", SPLIT)
     (tmp_path / "bytes.jsonl").write_bytes(b'{"id": "\xff"}')

@@ -245,6 +245,13 @@ def test_pictures_that_cannot_be_opened_are_left_out_with_their_captions(tmp_pat
     assert result["columns"] == pytest.approx(
         {"TR@1": 3 / 6, "TR@5": 1, "TR@10": 1, "IR@1": 2 / 7, "IR@5": 6 / 7, "IR@10": 1}
     )
+    said, whole = tmp_path / "scores.jsonl", (tmp_path / "flickr30k-images" / "p5.jpg").read_bytes()
+    assert task.retrieve(Matcher(table), images=None, scores=said)["skipped"] == 1
+    (tmp_path / "flickr30k-images" / "p6.jpg").write_bytes(whole)
+    again = Matcher(table)  # is asked of the mended picture alone
+    assert task.retrieve(again, images=None, scores=said)["skipped"] == 0 and again.pairs == 8
+    assert task.score_retrieval(said)["skipped"] == 0
+    (tmp_path / "flickr30k-images" / "p6.jpg").write_bytes(b"no picture")
     for i in range(1, 6):
         (tmp_path / "flickr30k-images" / f"p{i}.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="less than two pictures can be opened; the first that cannot: .*p1.jpg"):

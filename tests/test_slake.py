@@ -160,7 +160,14 @@ def test_files_in_llavas_form(tmp_path):
     english = {s: [turned(r) for r in records(s) if r["q_lang"] == "en"] for s in ("train", "validate", "test")}
     (tmp_path / "train_llava_en.json").write_text(json.dumps(english["train"]))
     (tmp_path / "testval_llava_en.json").write_text(json.dumps(english["test"] + english["validate"]))
-    task = Slake(None, tmp_path, held_out={"search": 0.2, "val": 0.2})
+    with pytest.raises(TaskError, match="slake: .* has the owners' files and files in LLaVA's form, .* form='llava'"):
+        Slake(None, tmp_path)
+    with pytest.raises(TaskError, match="slake: form is 'owners', 'llava', or None for what is there; not 'x'"):
+        Slake(None, tmp_path, form="x")
+    assert Slake(None, tmp_path, form="owners").test == plain.test
+    task = Slake(None, tmp_path, held_out={"search": 0.2, "val": 0.2}, form="llava")
+    assert task.published() == {"train": 4_919, "test": 2_114}
+    assert (task.about()["data"], plain.about()["data"]) == ("files in LLaVA's form", "owner's files")
     assert [len(getattr(task, role)) for role in ROLES][3] == 8 and 4 <= len(task.val) <= 6
     groups = [{e.group for e in getattr(task, role)} for role in ("train", "search", "val")]
     assert len(set().union(*groups)) == sum(map(len, groups)) == 22  # no picture in two roles

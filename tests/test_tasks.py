@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -295,11 +297,18 @@ def test_options_pick_the_likeliest(processor, model):
         load_task("reading", processor).evaluate(model, "val", limit=2, method="options")
     with pytest.raises(TaskError, match="'generate' or 'options'"):
         task.evaluate(model, "val", limit=2, method="guess")
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(TaskError, match="elements: the model's loss of '.+' as answer to .+ is NaN; in half precision"):
+        task.evaluate(broken, "val", limit=2, method="options")
 
 
 def test_errors_name_what_exists(processor):
     with pytest.raises(TaskError, match="choose one of aid, conv.*, vqav2, or give your own as 'module:Class'"):
         load_task("chess", processor)
+    with pytest.raises(TaskError, match=r"^load_task\(name, processor\): wanted the name of a task first, got a Llava"):
+        load_task(processor, "digits")
     with pytest.raises(TaskError, match="there is no 'dev'"):
         load_task("digits", processor).split("dev")
     with pytest.raises(TaskError, match="digits: limit is a number of examples from 1 up, or None for all; not 0"):

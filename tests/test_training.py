@@ -13,9 +13,10 @@ import toys
 
 import eas_kit as eas
 from eas_kit import bandit, checkpoint, config
-from eas_kit.errors import ConfigError, TrainingError
+from eas_kit.errors import ConfigError, NothingOpenedError, TrainingError
 from eas_kit.loop import Loop, answer_tokens
 from eas_kit.masks import read_mask
+from eas_kit.processes import Order
 from eas_kit.training import SearchResult
 
 
@@ -81,6 +82,27 @@ def test_fit_trains_the_adapters_in_use_and_nothing_else(toy_task):
     assert [r["step"] for r in history] == list(range(1, 31))
     assert history[0]["mask"] == [1, 3]
     assert history.frame["loss"].iloc[-1] == history.losses[-1]
+
+
+def test_a_batch_of_which_nothing_opens_gets_a_stand_in(toy_task, monkeypatch):
+    """Tasks loaded with on_error="skip" leave examples out; a batch of nothing but those is no reason to stop."""
+    order = Order(len(toy_task.train), seed=5)
+    broken = [toy_task.train[i] for i in order.take(2, 3)]  # steps 3, 4 and 5 of batches of one
+    collate, seen = toy_task.collate, []
+
+    def picky(examples, answers=True):
+        if all(e in broken for e in examples):
+            raise NothingOpenedError("none of them")
+        seen.append(examples)
+        return collate(examples, answers=answers)
+
+    monkeypatch.setattr(toy_task, "collate", picky)
+    history = eas.fit(make_net(), toy_task, train_config(max_steps=6, batch_size=1, seed=5))
+    assert len(history) == 6
+    assert [toy_task.train.index(e) for [e] in seen] == [order.take(i, 1)[0] for i in (0, 1, 5, 5, 5, 5)]
+    broken[:] = toy_task.train
+    with pytest.raises(NothingOpenedError, match="none of them"):
+        eas.fit(make_net(), toy_task, train_config(max_steps=1, batch_size=1))
 
 
 def test_fit_takes_a_plain_model_and_a_peft_model(toy_task):

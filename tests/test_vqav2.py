@@ -278,3 +278,13 @@ def test_hub_copy_with_train_and_with_an_empty_picture(hub):
         load_task("vqav2", None, hub=copy)
     task = load_task("vqav2", None, hub=copy, on_error="skip")
     assert [len(getattr(task, role)) for role in ("train", "search", "val", "test")] == [54, 3, 3, 4]
+
+
+def test_a_folder_further_up_has_its_pictures_too(tmp_path):
+    (tmp_path / "download").mkdir()
+    write(tmp_path / "download", "val2014", VAL)
+    task = load_task("vqav2", None, data_dir=tmp_path, splits="test")
+    assert task.test[0].images.sources[0].path == str(tmp_path / "download/val2014/COCO_val2014_000000000042.jpg")
+    (tmp_path / "val2014").mkdir()  # data_dir's own comes before one beside the files
+    task = load_task("vqav2", None, data_dir=tmp_path, splits="test", check_images=False)
+    assert task.test[0].images.sources[0].path == str(tmp_path / "val2014/COCO_val2014_000000000042.jpg")

@@ -61,7 +61,9 @@ def load_task(name: str | type, processor, **settings):
         TaskError: for a name that does not exist, listing those that do; for a processor that the task cannot use;
             for settings that the task does not have.
     """
-    found = name if isinstance(name, type) else _find(str(name))
+    if not isinstance(name, str | type):
+        raise TaskError(f"load_task(name, processor): wanted the name of a task first, got a {type(name).__name__}")
+    found = name if isinstance(name, type) else _find(name)
     try:
         return found(processor, **settings)
     except TypeError as error:

@@ -15,7 +15,7 @@ from typing import Any
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.answers import find_name
 from eas_kit.tasks.base import Example
-from eas_kit.tasks.conversations import read_conversations
+from eas_kit.tasks.conversations import LLAVA, read_conversations
 from eas_kit.tasks.data_set import Card, DataSetTask
 from eas_kit.tasks.pictures import PictureFile, Pictures
 from eas_kit.tasks.records import field
@@ -59,6 +59,7 @@ class AID(DataSetTask):
         percent = round(100 * self.train_share)
         names = {split: f"{split}{percent}.json" for split in ("train", "test")}
         if self.has(names["train"]):
+            self.form = LLAVA
             found = {split: read_conversations(self, self.file(name)) for split, name in names.items()}
             classes = sorted({_letters(e.answer) for examples in found.values() for e in examples})
             return {split: [self._of_class(e, classes) for e in examples] for split, examples in found.items()}

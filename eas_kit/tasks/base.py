@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import BatchFeature
 
-from eas_kit.errors import DataError, TaskError
+from eas_kit.errors import DataError, NothingOpenedError, TaskError
 from eas_kit.tasks import evaluation
 from eas_kit.tasks.evaluation import IGNORED
 from eas_kit.tasks.pictures import PictureError
@@ -136,6 +136,8 @@ class Task:
             setattr(self, role, Generated(partial(make, role), size))
 
     def _check_sizes(self, sizes: Mapping[str, int] | None) -> None:
+        if not isinstance(sizes or {}, Mapping):
+            raise TaskError(f"{self.name}: sizes are by split, as {{'test': 200}}, not {sizes!r}")
         unknown = [role for role in sizes or {} if role not in ROLES]
         if unknown:
             raise TaskError(f"{self.name}: sizes are by split, {', '.join(ROLES)}; there is no {', '.join(unknown)}")
@@ -320,7 +322,7 @@ class Task:
             raise TaskError(f"{self.name}: a batch needs at least one example, got none")
         examples, problems = self.opened(examples)
         if not examples:
-            raise DataError(
+            raise NothingOpenedError(
                 f"{self.name}: no example of this batch has pictures that can be opened; the first: {problems[0]}"
             )
         batch = self._prompts(examples)

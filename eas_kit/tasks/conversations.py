@@ -21,6 +21,7 @@ from eas_kit.tasks.pictures import Pictures
 from eas_kit.tasks.records import field, read_json, read_json_lines
 
 ANSWER_TYPES = ("OPEN", "CLOSED")
+LLAVA = "files in LLaVA's form"  # in results: Slake's test is another one there, and AID's draw is not ours
 # how files are called that are not named by `files`
 _USUAL = {"train": ("train",), "search": ("search",), "val": ("val", "validation", "dev"), "test": ("test",)}
 
@@ -47,6 +48,7 @@ class Conversations(DataSetTask):
     card = Card("conversations of one's own", "https://github.com/haotian-liu/LLaVA", "yours", None, {})
     roles: ClassVar = dict(zip(ROLES, ROLES))
     can_hold_out = ("search", "val", "test")
+    form = LLAVA
     image_dirs = ("images", "imgs", "image", ".")
 
     def __init__(self, processor, data_dir=None, *, files: Mapping[str, str | os.PathLike] | None = None, **settings):

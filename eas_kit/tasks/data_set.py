@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,7 @@ class DataSetTask(Task):
     roles: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}  # to the owner's splits
     can_hold_out: ClassVar[Sequence[str]] = ("search", "val")  # roles taken from train where the owner has no split
     image_dirs: ClassVar[Sequence[str]] = ("images", ".")  # usual places of pictures in data_dir
+    form = "owner's files"  # what was found in data_dir, for results
 
     def __init__(
         self,
@@ -84,7 +85,10 @@ class DataSetTask(Task):
         self._inside: Path | None = None
         self.seed, self.check_images = seed, check_images
         self.image_dir = None if image_dir is None else Path(image_dir).expanduser()
-        self._held_out = self._checked_shares(held_out)
+        self._held_out, self._asked = self._checked_shares(held_out), tuple(held_out or ())
+        if self.image_dir is not None and not self.image_dir.is_dir():  # no fault of records, to be skipped
+            raise DataError(f"{self.name}: image_dir {self.image_dir} is not a folder")
+        self._check_sizes(sizes)  # before minutes of reading
         if hub:
             self.folder, self.hub = None, (self._hub_name() if hub is True else str(hub))
             self.hub_copy = HubCopy(self.hub, self.name, f"or give data_dir. {self._where_to_get_it()}")
@@ -131,7 +135,9 @@ class DataSetTask(Task):
 
     def folder_of(self, *names: str) -> Path | None:
         """The first folder of these names in ``image_dir``, or else in the usual places; None where there is none."""
-        bases = [self.image_dir] if self.image_dir else [self.folder / place for place in (*self.image_dirs, ".")]
+        folders = dict.fromkeys([self.folder, self._inside or self.folder])  # where the files were may be further down
+        usual = [folder / place for folder in folders for place in (*self.image_dirs, ".")]
+        bases = [self.image_dir] if self.image_dir else usual
         return next((p for base in bases for name in names if (p := base / name).is_dir()), None)
 
     @property
@@ -150,7 +156,7 @@ class DataSetTask(Task):
     def file(self, *names: str) -> Path:
         """The first of the files that the folder has, also one folder further down; DataError else."""
         for name in names:
-            for folder in (self.folder, *self._further_down()):
+            for folder in (self.folder, *self._further_down):
                 if (folder / name).is_file():
                     self._inside = self._inside or folder
                     return folder / name
@@ -162,10 +168,13 @@ class DataSetTask(Task):
 
     def has(self, name: str) -> bool:
         """Whether ``file(name)`` finds one."""
-        return any((folder / name).is_file() for folder in (self.folder, *self._further_down()))
+        return any((folder / name).is_file() for folder in (self.folder, *self._further_down))
 
+    @cached_property
     def _further_down(self) -> list[Path]:
-        return [place for place in sorted(self.folder.iterdir()) if place.is_dir()]
+        """Read once, by what the listing says: asking each of 100,000 pictures takes minutes on a network's disk."""
+        with os.scandir(self.folder) as entries:
+            return sorted(self.folder / entry.name for entry in entries if entry.is_dir())
 
     @cached_property
     def image_root(self) -> Path:
@@ -174,8 +183,6 @@ class DataSetTask(Task):
         These are looked for in the folder where the first file was found, then in data_dir.
         """
         if self.image_dir is not None:
-            if not self.image_dir.is_dir():
-                raise DataError(f"{self.name}: image_dir {self.image_dir} is not a folder")
             return self.image_dir
         folders = [self._inside or self.folder, self.folder]
         places = [
@@ -223,6 +230,12 @@ class DataSetTask(Task):
                 self.sources[role] = split
         if not self.train:
             return
+        useless = [role for role in self._asked if role in self.sources and self._held_out[role]]
+        if useless:
+            raise TaskError(
+                f"{self.name}: {useless[0]} is the owners' split {self.sources[useless[0]]!r}, not held out of train;"
+                " leave it out of held_out"
+            )
         wanted = {role: share for role, share in self._held_out.items() if role not in self.sources}
         if sum(wanted.values()) >= 1:
             raise TaskError(
@@ -259,6 +272,8 @@ class DataSetTask(Task):
         return examples if limit is None or limit >= len(examples) else self._drawn(role, examples, limit)
 
     def _checked_shares(self, given: Mapping[str, float] | None) -> dict[str, float]:
+        if not isinstance(given or {}, Mapping):
+            raise TaskError(f"{self.name}: held_out is by role, as {{{self.can_hold_out[0]!r}: 0.1}}, not {given!r}")
         shares = dict.fromkeys(self.can_hold_out, 0.05) | dict(given or {})
         wrong = [role for role in shares if role not in self.can_hold_out]
         if wrong:
@@ -269,8 +284,10 @@ class DataSetTask(Task):
                 raise TaskError(f"{self.name}: the share held out for {role} is from 0 to below 0.5, not {share!r}")
         return shares
 
-    def left_out(self, problems: Iterable[Problem]) -> None:
+    def left_out(self, problems: Sequence[Problem]) -> None:
         """``skipped`` also has the examples whose pictures could not be opened, each once."""
+        if not problems:  # with thousands skipped, looking at them for every example takes longer than opening it
+            return
         known = set(self.skipped)
         self.skipped.extend(p for p in dict.fromkeys(problems) if p not in known)
 
@@ -302,7 +319,7 @@ class DataSetTask(Task):
 
     def about(self) -> dict[str, Any]:
         return super().about() | {
-            "data": f"hub copy {self.hub}" if self.hub else "owner's files",
+            "data": f"hub copy {self.hub}" if self.hub else self.form,
             "sources": dict(self.sources),
             "skipped_on_loading": self._skipped_on_loading,
         }

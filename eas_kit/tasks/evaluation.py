@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from eas_kit.errors import DataError, EASError, TaskError
 from eas_kit.modes import eval_mode
+from eas_kit.sites import unwrap
+from eas_kit.slots import NoAttention, NoFeedForward
 from eas_kit.tasks.metrics import by_category
 from eas_kit.tasks.predictions import Prediction, PredictionsFile, read_predictions
 
 IGNORED = -100  # the label of positions that carry no loss
+MEASURED = 2_000  # answers of a split that are made to tokens before the first is written: some seconds
 SHOWN = 5  # texts of unparsed answers in a result
 
 
@@ -158,11 +162,21 @@ def _nothing_left(task, split: str, first: str):
 
 # ---------------------------------------------------------------------- answers
 def room(task, examples: Sequence) -> int:
-    """New tokens for a written answer: the same for every example, whatever batch it falls into."""
+    """New tokens for a written answer: the same for every example, whatever batch it falls into.
+
+    They are counted in the MEASURED answers with the most characters.
+    """
     if task.max_new_tokens is not None:
         return task.max_new_tokens
     known = {task.target_text(e)[0]: e for e in examples if e.answer}  # many have the same answer
-    return max((task.target_ids(e)[1] for e in known.values()), default=12) + 4
+    longest = sorted(known, key=len, reverse=True)[:MEASURED]
+    return max((task.target_ids(known[text])[1] for text in longest), default=12) + 4
+
+
+def _room_in(task, split: str, examples: Sequence) -> int:
+    """That of the whole split, so that a part can be gone on with; examples made when asked for are not all made."""
+    whole = task.split(split)
+    return room(task, whole if isinstance(whole, list | tuple) else examples)
 
 
 def _written(task, model, examples: Sequence, inputs, new_tokens: int, generation: dict[str, Any]) -> list[str]:
@@ -193,6 +207,12 @@ def _by_option(task, model, examples: Sequence) -> list[str]:
     variants = [replace(examples[i], answer=c, explanation="") for i, c in trial]
     losses, _, _, scored = _by_token(task, model, variants, task.collate(variants))
     mean = ((losses * scored).sum(1) / scored.sum(1)).tolist()
+    wrong = next((variant for variant, value in zip(variants, mean, strict=True) if math.isnan(value)), None)
+    if wrong is not None:  # smaller than nothing: no option would be chosen
+        raise TaskError(
+            f"{task.name}: the model's loss of {wrong.answer!r} as answer to {wrong.id} is NaN; in half precision try"
+            " bfloat16 or float32"
+        )
     best: list[tuple[float, str]] = [(float("inf"), "")] * len(examples)
     for (i, choice), value in zip(trial, mean, strict=True):
         best[i] = min(best[i], (value, choice))
@@ -206,7 +226,7 @@ def evaluate(
     examples = task.split(split, limit)
     began = time.perf_counter()
     with_loss = settings.with_loss and all(e.answer for e in examples)
-    new_tokens = room(task, examples) if settings.method == "generate" else 0
+    new_tokens = _room_in(task, split, examples) if settings.method == "generate" else 0
     made_by = {
         "split": split,
         "method": settings.method,
@@ -259,9 +279,10 @@ def _predict(task, model, opened, batch, settings: Settings, new_tokens: int, wi
 def _describe(model) -> dict[str, Any]:
     """What tells one model from another in a predictions file, so that no answers of another one are taken over.
 
-    ``weights`` is a hash of 64 numbers or more from every parameter: training moves all of them.
+    ``weights`` is a hash of 64 numbers or more from every parameter: training moves all of them. Blocks of
+    ``eas.skipping`` and of a static merge leave the parameters as they are, and answer otherwise.
     """
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
     digest = hashlib.sha256()
     for key, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -269,10 +290,13 @@ def _describe(model) -> dict[str, Any]:
             some = flat[:: max(1, len(flat) // 64)].cpu().double()
             digest.update(f"{key} {parameter.dtype} ".encode() + some.numpy().tobytes())
     mask = getattr(model, "mask", None)
+    skipping = [path for path, module in model.named_modules() if isinstance(module, NoAttention | NoFeedForward)]
     return {
         "model": type(model).__name__,
         "model_name": name,
         "mask": None if mask is None else list(mask),
+        "skipping": skipping or None,
+        "merged": True if getattr(model, "is_merged", False) else None,
         "weights": digest.hexdigest()[:16],
     }
 
@@ -324,7 +348,8 @@ def _read_parsed(task, path: str | Path, split: str, examples: Sequence) -> dict
             which = f"{len(missing)} ids are missing, as {missing[0]!r}"
         raise DataError(
             f"{task.name}: {path} does not fit split {split} of {len(examples)} examples: {which}. Is it of another"
-            " split, or was the run that made it stopped? (limit=... scores the first examples only)"
+            " split, or was the run that made it stopped? (A run over a part, limit=N, is scored with limit=N or"
+            f" sizes={{{split!r}: N}})"
         )
     for example in examples:
         one = found[example.id]

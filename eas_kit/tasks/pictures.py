@@ -62,9 +62,11 @@ class PictureFile:
         return self.path
 
     def read(self) -> Any:
-        """What Pillow opens: the path. Links may lead elsewhere inside of the root, not out of it."""
+        """What Pillow opens: the path. Of links, only a folder of the root may lead out, to another disk."""
         real = Path(os.path.realpath(self.path))  # Path.resolve fails on links that go round in a circle
-        if not real.is_relative_to(os.path.realpath(self.root)):
+        top = os.path.join(self.root, os.path.normpath(self.place).split(os.sep)[0])
+        inside = [self.root, top] if os.path.isdir(top) else [self.root]
+        if not any(real.is_relative_to(os.path.realpath(place)) for place in inside):
             raise PictureError(
                 self,
                 f"is a link that leads out of the folder of pictures, to {real}; copy it into the folder, or name the"
@@ -119,6 +121,12 @@ class Pictures(Sequence):
         if isinstance(i, slice):
             return tuple(open_picture(s) for s in self.sources[i])
         return open_picture(self.sources[i])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pictures) and self.sources == other.sources
+
+    def __hash__(self) -> int:
+        return hash(self.sources)
 
     def __repr__(self) -> str:
         return f"Pictures({', '.join(s.name for s in self.sources)})"

@@ -113,11 +113,13 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors put a mark in front
     except FileNotFoundError:
         raise DataError(f"there is no predictions file {path}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; wanted a predictions file") from None
     found: dict[str, Prediction] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

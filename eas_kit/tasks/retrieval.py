@@ -152,7 +152,8 @@ def retrieve(
     settings = made_by | {"gallery": gallery.digest, "model": _describe(model)}
     file = None if path is None else PredictionsFile(path, settings, known={e.id for e in gallery.pictures})
     found = {} if file is None else dict(file.done)
-    todo = [e for e in gallery.pictures if e.id not in found]
+    # pictures that could not be opened are tried again
+    todo = [e for e in gallery.pictures if e.id not in found or found[e.id].problem is not None]
     if progress:
         from tqdm.auto import tqdm
 

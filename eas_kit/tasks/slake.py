@@ -12,7 +12,7 @@ from typing import Any
 from eas_kit.errors import DataError, TaskError
 from eas_kit.tasks.answers import find_name, short_answer
 from eas_kit.tasks.base import Example
-from eas_kit.tasks.conversations import ANSWER_TYPES, check_answer, grade, read_conversations
+from eas_kit.tasks.conversations import ANSWER_TYPES, LLAVA, check_answer, grade, read_conversations
 from eas_kit.tasks.data_set import Card, DataSetTask
 from eas_kit.tasks.pictures import Pictures
 from eas_kit.tasks.records import Problem, field, read_json
@@ -36,6 +36,7 @@ class Slake(DataSetTask):
     and is in ``skipped``, whatever ``on_error`` says.
 
     Args:
+        form: "owners" or "llava", where the folder has files of both; None: the one that is there.
         language: "en" as in all published results, "zh", or "all". (Files in LLaVA's form have one language.)
     """
 
@@ -52,23 +53,44 @@ class Slake(DataSetTask):
     )
     image_dirs = ("imgs", "images", ".")
 
-    def __init__(self, processor, data_dir=None, hub: bool | str = False, *, language: str = "en", **settings):
+    def __init__(
+        self,
+        processor,
+        data_dir=None,
+        hub: bool | str = False,
+        *,
+        language: str = "en",
+        form: str | None = None,
+        **settings,
+    ):
         if language not in LANGUAGES:
             raise TaskError(f"slake: language is one of {', '.join(LANGUAGES)}, not {language!r}")
-        self.language = language
+        if form not in (None, "owners", "llava"):
+            raise TaskError(f"slake: form is 'owners', 'llava', or None for what is there; not {form!r}")
+        self.language, self._wanted_form = language, form
         super().__init__(processor, data_dir, hub, **settings)
 
     # ------------------------------------------------------------------ reading
     def read_folder(self) -> dict[str, list[Example]]:
-        if any(self.has(name) for name in _LLAVA["train"]):
+        if self._in_llavas_form():
+            self.form = LLAVA
             return {split: read_conversations(self, self.file(*names)) for split, names in _LLAVA.items()}
         files = {"train": ("train.json",), "val": ("validate.json", "validation.json"), "test": ("test.json",)}
         return {split: self._read_file(split, self.file(*names)) for split, names in files.items()}
 
     def published(self) -> dict[str, int]:
-        if self.hub is None and any(self.has(name) for name in _LLAVA["train"]):
+        if self.form == LLAVA:
             return {"train": 4_919, "test": 2_114}
         return dict(self.card.published) if self.language == "en" else {}
+
+    def _in_llavas_form(self) -> bool:
+        llava = any(map(self.has, _LLAVA["train"]))
+        if self._wanted_form is None and llava and any(map(self.has, ("validate.json", "validation.json"))):
+            raise TaskError(
+                f"slake: {self.folder} has the owners' files and files in LLaVA's form, which has another test split;"
+                " say which by form='owners' or form='llava'"
+            )
+        return self._wanted_form == "llava" or (llava and self._wanted_form is None)
 
     def _read_file(self, split: str, path: Path) -> list[Example]:
         found: list[Example] = []
