@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 from eas_kit.errors import DataError, TaskError
 
 ON_ERROR = ("raise", "skip")
-CHUNK = 1 << 22  # characters of a large file that are read at once
-_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -117,13 +115,10 @@ class _Decoder:
         self.faults.append(Fault(problem))
         return self.faults[-1]
 
-    def __call__(self, text: str, at: int | None = None) -> Any:
-        """The value of the text; or, from a place in it, the value there and its end.
-
-        Raises JSONDecodeError, or DataError where no parser gets to the end.
-        """
+    def __call__(self, text: str) -> Any:
+        """The value of the text. Raises JSONDecodeError, or DataError where no parser gets to the end."""
         try:
-            return self._json.decode(text) if at is None else self._json.raw_decode(text, at)
+            return self._json.decode(text)
         except RecursionError:
             raise DataError("no records: objects or lists are nested too deeply") from None
         except json.JSONDecodeError:
@@ -189,93 +184,24 @@ def read_json_lines(path: Path, intake: Intake) -> Iterator[tuple[int, dict]]:
 def read_json_items(path: Path, name: str) -> Iterator[Any]:
     """The items of the list ``name`` in a JSON file whose outermost value is an object, one by one.
 
-    Neither the text nor what was parsed is ever held as a whole: files of hundreds of MB take some MB. DataError for
-    what ``read_json`` finds wrong, as soon as the place is reached; an item with a fault of its own is a Fault.
+    The file is never held as a whole: hundreds of MB take some. DataError for a file that is not there, that is no
+    valid JSON (as soon as the place is reached), or where that list is missing or empty.
     """
-    with _readable(path), open(path, encoding="utf-8-sig") as file:
-        text = _Text(file)
+    import ijson
+
+    empty = True
+    with _readable(path), open(path, "rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
         try:
-            text.sign("{")
-            names: set[str] = set()
-            more = text.peek() != "}"
-            while more:
-                key = text.value()
-                if not isinstance(key, str) or key in names:
-                    raise DataError(f"wanted a new name in quotes, got {_short(key)}")
-                names.add(key)
-                text.sign(":")
-                if key != name:
-                    text.value()
-                elif text.peek() != "[":
-                    raise DataError(f"field {name!r} should be list, it is {_short(text.value())}")
-                else:
-                    yield from text.items()
-                more = text.sign(",}") == ","
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        except UnicodeDecodeError as error:  # it knows its place in what was read last alone
-            read = text.dropped + len(text.text)
-            raise DataError(f"{path} is not text in UTF-8: {error.reason} behind character {read:,}") from None
-    if name not in names:
-        raise DataError(f"{path}: there is no field {name!r}")
-
-
-class _Text:
-    """JSON that is parsed value by value while it is read."""
-
-    def __init__(self, file: TextIO):
-        self.file, self.text, self.at, self.dropped = file, "", 0, 0
-        self.decode = _Decoder()
-
-    def more(self) -> bool:
-        """Reads on, as much again as is left at least; False at the end of the file."""
-        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
-        self.text, self.dropped, self.at = self.text[self.at :] + chunk, self.dropped + self.at, 0
-        return bool(chunk)
-
-    def peek(self) -> str:
-        """The next character that is not blank, "" at the end."""
-        while True:
-            self.at = _BLANKS.match(self.text, self.at).end()
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at : self.at + 1]
-
-    def sign(self, wanted: str) -> str:
-        found = self.peek()
-        if not found or found not in wanted:
-            self.fail(f"wanted {' or '.join(wanted)}")
-        self.at += 1
-        return found
-
-    def value(self) -> Any:
-        self.peek()
-        while True:
-            try:
-                found, end = self.decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                ahead = error.pos - self.at
-                if self.more():  # it was cut off by the end of what had been read, maybe
-                    continue
-                self.fail(error.msg, ahead)
-            ahead = end - self.at
-            if end > len(self.text) - 3 and self.more():  # 12 of 123, or of 12e+3
-                continue
-            self.at += ahead
-            return (self.decode.faults and _fault_in(found)) or found
-
-    def items(self) -> Iterator[Any]:
-        self.sign("[")
-        if self.peek() == "]":
-            self.at += 1
-            return
-        while True:
-            yield self.value()
-            if self.sign(",]") == "]":
-                return
-
-    def fail(self, what: str, ahead: int = 0) -> NoReturn:
-        place = self.dropped + self.at + ahead + 1
-        raise DataError(f"no valid JSON: {what} at character {place:,}; a download that broke off looks like this")
+            for item in ijson.items(file, f"{name}.item", use_float=True):
+                empty = False
+                yield item
+        except ijson.JSONError as error:
+            why = " ".join(str(error).split())
+            raise DataError(f"{path} is no valid JSON: {why}; a download that broke off looks like this") from None
+    if empty:
+        raise DataError(f"{path}: wanted a list {name!r} of records, there is none, or nothing in it")
 
 
 @contextmanager
