@@ -157,8 +157,8 @@ def test_nothing_rewrites_or_reviews_the_copies():
 
 def test_one_command_makes_them():
     shown = subprocess.run(
-        ["make", "-n", "notebooks"], cwd=ROOT, env=outside_make(), capture_output=True, text=True
+        ["make", "-n", "VENV=venv", "notebooks"], cwd=ROOT, env=outside_make(), capture_output=True, text=True
     ).stdout
     run, copy = [line for line in shown.splitlines() if "runs/rendered" in line]
-    assert run.split()[:4] == ["env", "-u", "EAS_KIT_DISPLAY", ".venv/bin/eas-kit"]
+    assert run.split()[:4] == ["env", "-u", "EAS_KIT_DISPLAY", "venv/bin/eas-kit"]
     assert copy.endswith("-m eas_kit.rendered runs/rendered notebooks/rendered")
