@@ -100,6 +100,9 @@ class EASConfig(Config):
     kinds: tuple[str, ...] = ("mha",)
     """Which sub-modules are sites: attentions, feed-forwards, or ("layer",), whole decoder layers. Sites are numbered
     kind after kind, in the order given here."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Paths of modules or parameters of the base model that train beside the adapters and are saved with them (peft's
+    term), in their own dtype; `detach` puts them back. None: what the model's class names, e.g. LaVIN's projection."""
     source: str = "attention_norm"
     """What a skipped attention's adapter reads: "attention_norm" for g2 * PIA(LN1(x)), "ffn_norm" for PIA(LN2(x))."""
     adapter: str = "pia"
@@ -112,12 +115,18 @@ class EASConfig(Config):
     path_factor: float = 0.5
     """Factor of the sum of the two down paths; 1.0: the plain sum."""
 
-    _ADDED = ("adapter", "parts", "pool", "path_factor")
+    _ADDED = ("modules_to_save", "adapter", "parts", "pool", "path_factor")
 
     def __post_init__(self) -> None:
         if isinstance(self.kinds, str):
             self.kinds = (self.kinds,)
         self.kinds = tuple(self.kinds)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = (self.modules_to_save,)
+        if self.modules_to_save is not None:
+            self.modules_to_save = tuple(self.modules_to_save)
+            every = all(isinstance(path, str) and path for path in self.modules_to_save)
+            self._check(every, "modules_to_save", "paths of modules in the base model, or None")
         self._check(is_int(self.groups, 1), "groups", "a whole number from 1 up")
         divides = f"divisible by groups={self.groups}"
         self._check(
