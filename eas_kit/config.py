@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError
+from .pia import PARTS
 
 KINDS = ("mha", "ffn", "layer")
 SOURCES = ("attention_norm", "ffn_norm")
 ADAPTERS = ("pia", "bottleneck")
-PARTS = ("base", "exchange", "frozen")
 POOLS = ("prompt", "sequence")
 
 
@@ -156,6 +156,10 @@ class EASConfig(Config):
         self._check(self.adapter in ADAPTERS, "adapter", f"one of {ADAPTERS}")
         self._check(self.parts in PARTS, "parts", f"one of {PARTS}")
         self._check(self.pool in POOLS, "pool", f"one of {POOLS}")
+        if self.pool == "sequence" and self.parts != "frozen":
+            raise ConfigError(
+                f'EASConfig: pool="sequence" is about the frozen mean of a prompt, which parts={self.parts!r} has not'
+            )
         self._check(is_number(self.path_factor), "path_factor", "a finite number")
 
 

@@ -172,10 +172,11 @@ class EASModel(nn.Module):
     def mask(self, sites: Iterable[int]) -> None:
         self._check_usable("set net.mask")
         mask = check_mask(sites, self.num_sites)
-        attentions = {site.index for site in self.sites if site.kind == "mha"}
+        attentions = {site.index for site in self.sites if site.kind != "ffn"}
         if attentions and attentions <= set(mask):
+            what = "layers" if self.config.kinds == ("layer",) else "attentions"
             raise ConfigError(
-                f"mask {list(mask)} skips all {len(attentions)} attentions; keep at least one, or nothing carries"
+                f"mask {list(mask)} skips all {len(attentions)} {what}; keep at least one, or nothing carries"
                 " information from one position to another and the KV cache has no length"
             )
         for seat in self._seats:
@@ -253,7 +254,10 @@ class EASModel(nn.Module):
             return check_explicit(self._explicit, values)
         if self._given is not None:
             return generate_prompt(self._given, values)
-        return forward_prompt(values, training=self.base.training)
+        prompt = forward_prompt(values, training=self.base.training)
+        if self.config.pool == "sequence" and self.base.training:  # the answer too
+            return forward_prompt({**values, "labels": None}, training=False)
+        return prompt
 
     def _renew(self, cache: Any) -> None:
         renew(cache, frozenset(seat.layer_idx for seat in self._seats if seat.role != "skip"))
