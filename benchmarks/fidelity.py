@@ -185,8 +185,8 @@ def read(folder: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def collect(lab: Lab, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
-    """All that is there, as one record."""
+def collect(lab: Lab, seeds: tuple[int, ...] = SEEDS, score: bool = True) -> dict[str, Any]:
+    """All that is there, as one record. score: the masks that the searches ended with, if they have not been yet."""
     there = {name: read(lab.folder, name, key) for name, (key, _) in lab.jobs(seeds).items()}
 
     def of(kind: str, name: str) -> list[dict]:
@@ -208,14 +208,14 @@ def collect(lab: Lab, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     if masks:
         key = {"kind": "scores", "masks": masks, "steps": lab.steps, "val": lab.val}
 
-        def score() -> dict[str, Any]:
+        def losses_of() -> dict[str, Any]:
             found = score_masks(lab.neutral(), lab.task, masks, limit=lab.val)
             return dict(zip(found["name"], found["loss"], strict=True))
 
-        losses = cached(lab.folder, "scores", key, score)
+        losses = cached(lab.folder, "scores", key, losses_of) if score else read(lab.folder, "scores", key) or {}
         for name, rows in record["search"].items():
             for row in rows:
-                row["loss"] = losses[f"{name}/{row['seed']}"]
+                row["loss"] = losses.get(f"{name}/{row['seed']}")
     return record
 
 
@@ -240,12 +240,13 @@ def table(record: dict[str, Any]) -> str:
         for part, form in (("loss", "{:.4f} ± {:.4f}"), ("accuracy", "{:.1%} ± {:.1%}")):
             cells.append(_spread([row[part] for row in rows], form))
             signed = form.replace("{:.", "{:+.", 1)
-            cells.append("" if name == "as it is" else _spread([a[part] - b[part] for a, b in both], signed))
+            cells.append(_spread([a[part] - b[part] for a, b in both], signed) if both and name != "as it is" else "")
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| search | masks it ended with | their loss |", "| --- | --- | --- |"]
     for name, rows in record["search"].items():
         cells = [name, "; ".join(str(list(row["mask"])) for row in rows)]
-        lines.append("| " + " | ".join([*cells, _spread([row["loss"] for row in rows], "{:.3f} ± {:.3f}")]) + " |")
+        scored = [row["loss"] for row in rows if row["loss"] is not None]
+        lines.append("| " + " | ".join([*cells, _spread(scored, "{:.3f} ± {:.3f}")]) + " |")
     if record["merge"]:
         bias, one = ([row[name] for row in record["merge"]] for name in ("merged_bias", "one_row"))
         lines += [
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             except Busy:
                 print(f"{name}: another process is at it", flush=True)
     if not args.list:
-        record = report.plain(collect(lab, tuple(args.seeds)))
+        record = report.plain(collect(lab, tuple(args.seeds), score=not args.collect))
         report.write_json(RESULTS, record)
         fill(record, PAGE)
         print(table(record))
