@@ -1,9 +1,9 @@
-"""FSDP for the training loop: frozen weights in shards, what trains whole in every process.
+"""FSDP for the training loop: the frozen weights of the layers in shards, what trains whole in every process.
 
 accelerate's own FSDP2 wants model and optimiser in one `prepare`, puts every weight into shards, and on CPU is plain
 DDP (accelerate 1.15: its AcceleratorState looks at ACCELERATE_USE_FSDP for accelerators alone). An EASModel trains
 under one per cent of its weights and uses other adapters at every step. So accelerate launches, casts and talks between
-the processes, and torch's `fully_shard` holds the frozen weights: each process a part of them, gathered layer by layer.
+the processes, and torch's `fully_shard` holds the layers' frozen weights: each process a part, gathered layer by layer.
 Adapters stay plain tensors, whole in every process, and their checkpoints and files are those of a single process.
 """
 
@@ -15,9 +15,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from .errors import ConfigError
-from .sites import unwrap
+from .errors import ConfigError, UnsupportedModelError
+from .sites import decoder_layers, unwrap
 
 ASKED = "ACCELERATE_USE_FSDP"
 
@@ -60,50 +61,55 @@ def unknown_to_accelerate() -> Iterator[None]:
 
 def is_sharded(net: nn.Module) -> bool:
     """Whether `shard` was here."""
-    return isinstance(unwrap(net), torch.distributed.fsdp.FSDPModule)
+    return isinstance(unwrap(net), FSDPModule)
 
 
 def shard(net: nn.Module, device: torch.device) -> None:
-    """Divides the frozen weights of `net` among all processes, in place and for good; a second call does nothing.
+    """Divides the frozen weights of the decoder's layers among all processes, in place and for good.
 
-    Each transformer block is a group of its own, gathered when it runs; embeddings, head and what else there is are
-    another one. Raises ConfigError where everything trains, as there is then nothing to divide.
+    Each layer is a group of its own, gathered when it runs. What trains stays whole, and so do embeddings, head and
+    vision tower, which also run outside of the model's forward, or, where a batch has no picture, not at all. A second
+    call does nothing. Raises ConfigError where the layers hold no frozen weight, as there is then nothing to divide.
     """
     if is_sharded(net):
         return
-    base = unwrap(net)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    if all(p.requires_grad for p in net.parameters()):
+    base, layers = unwrap(net), _layers(net)
+    shared = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
+    if not shared:
         raise ConfigError(
-            f"accelerate is set up for FSDP, and all parameters of this {type(base).__name__} train; fit shards what is"
-            " frozen and keeps what trains whole in every process, so there is nothing to shard: launch with"
+            f"accelerate is set up for FSDP, and the layers of this {type(base).__name__} have no frozen weights; fit"
+            " shards those and keeps what trains whole in every process, so there is nothing to shard: launch with"
             " --multi_gpu, or tune adapters (eas_kit.attach, eas_kit.baselines.lora)"
         )
+    whole = [p for p in net.parameters() if p not in shared]  # in an order, the same in all processes
     with torch.no_grad():
-        for parameter in trained:  # fully_shard leaves ignored ones where they are, and as they are
+        for parameter in whole:  # fully_shard leaves ignored ones where they are, and as they are
             parameter.data = parameter.data.to(device)
-            torch.distributed.broadcast(parameter.data, 0)
+            if parameter.requires_grad:
+                torch.distributed.broadcast(parameter.data, 0)
     settings = {
         "mesh": torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
-        "ignored_params": set(trained),
+        "ignored_params": set(whole),
     }
-    for block in _blocks(base):
-        torch.distributed.fsdp.fully_shard(block, **settings)
-    torch.distributed.fsdp.fully_shard(base, **settings)
+    for layer in layers:
+        fully_shard(layer, **settings)
+    fully_shard(base, **settings)
     base._is_fsdp_managed_module = True  # transformers' generate then goes on until every process is done
     if hasattr(base, "get_base_model"):  # peft's wrapper, whose generate goes past its own forward
-        torch.distributed.fsdp.register_fsdp_forward_method(base, "generate")
+        register_fsdp_forward_method(base, "generate")
 
 
-def _blocks(base: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, inner ones first: what the models say must not be split, else the members of lists."""
-    names = {name for module in base.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    found = [module for module in base.modules() if type(module).__name__ in names]
-    if not found:
-        lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-        found = [member for one in lists for member in one if any(True for _ in member.parameters())]
-    return found[::-1]
+def _layers(net: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, those without sites too. Every batch runs through all of them, in every process."""
+    base = unwrap(net)
+    if hasattr(net, "sites"):
+        lists = dict.fromkeys(site.layer_path.rpartition(".")[0] for site in net.sites)
+        return [layer for path in lists for layer in base.get_submodule(path)]
+    try:
+        return list(decoder_layers(base)[1])
+    except UnsupportedModelError:
+        return []
 
 
 @torch.no_grad()
