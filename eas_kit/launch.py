@@ -31,7 +31,8 @@ from .masks import load_mask, save_mask
 from .model import EASModel, attach
 from .models import load_model
 from .processes import world_size
-from .sharding import is_sharded
+from .saving import base_name
+from .sharding import is_sharded, sharding_is_asked_for
 from .tasks import load_task
 from .training import History, SearchResult, fit, search
 
@@ -61,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: LaunchConfig) -> int:
     """Does all of it, or what is left of it; returns the exit code."""
     folder = Path(config.output_dir).expanduser()
-    _check_precision(config)
+    _check_launch(config)
     _claim(folder, config)
     base, processor = load_model(**_model_settings(config))
-    task = load_task(processor=processor, **config.task)
+    task = _load_task(config, base, processor)
     torch.manual_seed(config.seed)  # new adapters are random in part, and alike in all processes
     net = attach(base, config.eas)
     result, history = None, None
@@ -86,6 +87,7 @@ def run(config: LaunchConfig) -> int:
     found = _evaluate(config, net, task, folder)
     if is_main():
         _write_results(config, net, task, folder, result, history, found, processes, sharded)
+        _say(net, found, folder)
     return 0
 
 
@@ -94,16 +96,22 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _check_precision(config: LaunchConfig) -> None:
-    """`accelerate launch --mixed_precision` would be overruled by the settings, and nobody would know."""
+def _check_launch(config: LaunchConfig) -> None:
+    """Whether the settings go with how this process was launched."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     for name, loop in config.loops().items():
-        if loop is not None and asked not in ("no", loop.mixed_precision):
+        if loop is not None and asked not in ("no", loop.mixed_precision):  # it would be overruled, and nobody know
             raise ConfigError(
                 f"accelerate was launched with mixed precision {asked}, and {name}.mixed_precision is"
-                f" {loop.mixed_precision!r}; set it there (--set {name}.mixed_precision={asked}), or leave it out of the"
-                " launch"
+                f" {loop.mixed_precision!r}; set it there (--set {name}.mixed_precision={asked}), or leave it out of"
+                " the launch"
             )
+    sharded = world_size() > 1 and sharding_is_asked_for()
+    if sharded and (config.evaluate or {}).get("predictions") is not None:
+        raise ConfigError(
+            "evaluate.predictions: a file of answers is written by one process, and a sharded model (FSDP) answers in"
+            " all; leave it out (--set evaluate.predictions=null), or evaluate the folder adapters/ afterwards"
+        )
 
 
 def _claim(folder: Path, config: LaunchConfig) -> None:
@@ -150,6 +158,21 @@ def _model_settings(config: LaunchConfig) -> dict[str, Any]:
     return settings
 
 
+def _load_task(config: LaunchConfig, base: nn.Module, processor: Any) -> Any:
+    settings = dict(config.task)
+    if not settings.pop("closed", False):
+        return load_task(processor=processor, **settings)
+    from .tasks.closed import closed
+
+    task, labels = closed(load_task(processor=processor, **settings)), base.config.num_labels
+    if len(task.answers) != labels:
+        raise ConfigError(
+            f"task.closed: {task.name} has {len(task.answers)} answers, and the model's head {labels}; give it as many"
+            f" (--set model.answers={len(task.answers)})"
+        )
+    return task
+
+
 def _given_mask(mask: list[int] | str, net: EASModel) -> Sequence[int]:
     if isinstance(mask, str):
         return load_mask(mask, site_kinds=[site.kind for site in net.sites])
@@ -159,7 +182,7 @@ def _given_mask(mask: list[int] | str, net: EASModel) -> Sequence[int]:
 def _save_choice(folder: Path, net: EASModel, result: SearchResult | None) -> None:
     if result is not None and not (folder / "search.json").exists():  # a search that was over before took no seconds
         result.save(folder / "search.json")
-    about = {"num_sites": net.num_sites, "kind": "+".join(net.config.kinds), "model": net.base.name_or_path}
+    about = {"num_sites": net.num_sites, "kind": "+".join(net.config.kinds), "model": base_name(net.base)}
     save_mask(folder / "mask.json", net.mask, **about, **net.mask_origin)
 
 
@@ -173,11 +196,6 @@ def _evaluate(config: LaunchConfig, net: EASModel, task: Any, folder: Path) -> d
         return None
     settings = {"split": "test"} | config.evaluate
     if is_sharded(net):
-        if settings.get("predictions") is not None:
-            raise ConfigError(
-                "evaluate.predictions: a file of answers is written by one process, and a sharded model (FSDP) answers"
-                " in all; leave it out, or evaluate the folder adapters/ afterwards in one process"
-            )
         return task.evaluate(net, **settings)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -217,7 +235,7 @@ def _write_results(
     if found is not None:
         metrics["evaluate"] = found
         split = (config.evaluate or {}).get("split", "test")
-        roles[split] = {"role": f"evaluated after all, once, on {split}", "examples": found.get("count")}
+        roles[split] = {"role": "evaluated at the end", "examples": found.get("count")}
     report.write_results(
         folder.absolute().parent,
         folder.absolute().name,
@@ -229,6 +247,14 @@ def _write_results(
         processes=processes,
         sharded=sharded,
     )
+
+
+def _say(net: EASModel, found: dict[str, Any] | None, folder: Path) -> None:
+    print(f"skipped: {list(net.mask)} of {net.num_sites} sites")
+    if found is not None:
+        numbers = {name: found.get(name) for name in ("accuracy", "loss", "count")}
+        print(f"{found.get('split')}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if v is not None))
+    print(f"results: {folder / 'results.json'}")
 
 
 def _parameters(net: nn.Module) -> dict[str, Any]:

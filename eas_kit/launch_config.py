@@ -29,7 +29,8 @@ class LaunchConfig(Config):
     model: dict[str, Any]
     """`name`, and what `load_model` takes: dtype, attn_implementation, ... A name alone will do."""
     task: dict[str, Any]
-    """`name`, and what `load_task` takes: data_dir, sizes, ... A name alone will do."""
+    """`name`, and what `load_task` takes: data_dir, sizes, ... A name alone will do. `closed: true`: for a
+    model with a closed list of answers (METER), see `eas_kit.tasks.closed`."""
     output_dir: str
     """Checkpoints (search/, tuning/), search.json, mask.json, adapters/ and results.json go here."""
     eas: EASConfig = field(default_factory=EASConfig)
@@ -146,7 +147,7 @@ def _check_task(where: str, task: Mapping[str, Any], evaluate: Any) -> None:
 
     found = _find(task["name"])
     if not _takes_anything(found.__init__):
-        _refuse_unknown(f"{where}, task {task['name']}", task, ["name", *_settings(found)])
+        _refuse_unknown(f"{where}, task {task['name']}", task, ["name", "closed", *_settings(found)])
     if evaluate is None:
         return
     if not isinstance(evaluate, dict):

@@ -175,7 +175,7 @@ def test_killed_and_started_again(whole, both, model, processes):
     for batch, search_steps, tuning_steps in (
         (3, ["02"], []),  # the third step of the warm-up
         (5, ["02", "04"], []),  # step 5, and the second subnetwork of the first update
-        (14 + 7, ["08", "09"], ["02"]),  # step 4 of tuning, after the second checkpoint... of tuning's first
+        (14 + 6, ["08", "09"], ["02"]),  # after 14 of the search, step 3 of tuning (two batches a step)
     ):
         codes = start(launch, config, processes=processes, **{KILL: str(batch)})
         assert KILLED in codes and 0 not in codes
@@ -204,6 +204,9 @@ def shared_fit(folder: Path) -> None:
     prompts = toys.make_prompts()
     net.eval()
     found["tokens"] = net.generate(**prompts, max_new_tokens=4)
+    lora = lora_llama()
+    found["lora"] = eas.fit(lora, toys.ToyTask(images=False), fit_config(None)).losses
+    found["lora tokens"] = lora.eval().generate(**toys.make_prompts(images=None), max_new_tokens=4)
     try:
         eas.fit(toys.make_llama(), toys.ToyTask(images=False), fit_config(None))
     except ConfigError as error:
@@ -221,6 +224,14 @@ def llava() -> eas.EASModel:
     return eas.attach(base, eas.EASConfig(skip_rank=6, adapt_rank=4, dropout=0.0, modules_to_save=parts))
 
 
+def lora_llama() -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    base = toys.make_llama()
+    torch.manual_seed(0)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+
+
 def fit_config(folder: Path | None, **changes) -> eas.TrainConfig:
     values = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 2, "progress": False}
     values |= {"gradient_checkpointing": True} if folder else {}
@@ -233,6 +244,9 @@ def test_fsdp_shares_what_is_frozen_and_trains_as_one_process(tmp_path):
     net.mask = (1, 3)
     expected = eas.fit(net, toys.ToyTask(), fit_config(tmp_path / "alone"))
     tokens = net.generate(**toys.make_prompts(), max_new_tokens=4)
+    lora = lora_llama()
+    lora_losses = eas.fit(lora, toys.ToyTask(images=False), fit_config(None)).losses
+    lora_tokens = lora.eval().generate(**toys.make_prompts(images=None), max_new_tokens=4)
     for rank in range(2):
         found = torch.load(tmp_path / f"found-{rank}.pt", weights_only=True)
         assert found["frozen"] == "DTensor" and found["part"] == ((27, 38), (26, 38))[rank]
@@ -242,6 +256,8 @@ def test_fsdp_shares_what_is_frozen_and_trains_as_one_process(tmp_path):
             if parameter.requires_grad:
                 torch.testing.assert_close(found["state"][name], parameter.detach(), rtol=1e-3, atol=1e-3)
         assert torch.equal(found["tokens"], tokens)
+        assert found["lora"] == pytest.approx(lora_losses, rel=1e-4)
+        assert torch.equal(found["lora tokens"], lora_tokens)
         assert "layers of this LlamaForCausalLM have no frozen weights" in found["refused"]
     projector = "base.model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(net.get_parameter(projector), llava().get_parameter(projector))  # it did train
@@ -333,7 +349,7 @@ def base_settings(**changes):
         ({"evaluate": {"slpit": "val"}}, "evaluate: there is no setting slpit; there are split, limit"),
         ({"evaluate": {"split": "dev"}}, "evaluate: split is one of train, search, val, test, not 'dev'"),
         ({"evaluate": True}, "evaluate: wanted settings of task.evaluate, got True"),
-        ({"seed": -1}, "LaunchConfig.seed: wanted a whole number from 0 up, got -1"),
+        ({"seed": -1}, "seed: wanted a whole number from 0 up, got -1"),
         ({"output_dir": 3}, "LaunchConfig.output_dir: wanted the path of a folder, got 3"),
     ],
 )
@@ -358,7 +374,11 @@ def test_files_and_changes_that_make_no_sense(tmp_path):
     assert changed.model == {"name": "tiny", "dtype": "bfloat16"}
     assert (changed.search.seed, changed.train.seed) == (3, 3)
     assert (changed.search.output_dir, changed.train.output_dir) == (str(Path("out/search")), str(Path("out/tuning")))
-    for wrong, message in (("seed", "wanted NAME=VALUE"), ("seed.x=1", ""), ("output_dir.x=1", "which has nothing inside")):
+    for wrong, message in (
+        ("seed", "wanted NAME=VALUE"),
+        ("seed.x=1", ""),
+        ("output_dir.x=1", "which has nothing inside"),
+    ):
         with pytest.raises(ConfigError, match=message):
             read_config(path, [wrong])
 
@@ -368,6 +388,19 @@ def test_a_precision_of_the_launcher_that_the_settings_overrule(tmp_path, monkey
     assert main([write(tmp_path / "run.yaml", base_settings(output_dir=str(tmp_path / "out")))]) == 2
     assert "launched with mixed precision bf16, and train.mixed_precision is 'no'; set it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_predictions_of_a_sharded_model_are_refused(tmp_path, monkeypatch, capsys):
+    for name, value in (FSDP | {"WORLD_SIZE": "2", "RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    asked = {"split": "val", "predictions": "answers.jsonl"}
+    path = write(tmp_path / "run.yaml", base_settings(evaluate=asked, output_dir=str(tmp_path / "out")))
+    assert main([path]) == 2
+    assert "evaluate.predictions: a file of answers is written by one process" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("eas_kit.launch.load_model", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # one process shards nothing, and writes
+        main([path])
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
