@@ -180,8 +180,11 @@ def _given_mask(mask: list[int] | str, net: EASModel) -> Sequence[int]:
 
 
 def _save_choice(folder: Path, net: EASModel, result: SearchResult | None) -> None:
-    if result is not None and not (folder / "search.json").exists():  # a search that was over before took no seconds
-        result.save(folder / "search.json")
+    path = folder / "search.json"
+    if result is not None and not path.exists():  # where it does, the search was over before, and took no seconds now
+        part = path.with_name("search.json.part")
+        result.save(part)
+        part.replace(path)  # never half a file
     about = {"num_sites": net.num_sites, "kind": "+".join(net.config.kinds), "model": base_name(net.base)}
     save_mask(folder / "mask.json", net.mask, **about, **net.mask_origin)
 

@@ -47,8 +47,11 @@ def make_accelerator(mixed_precision: str, net: nn.Module):
     from accelerate.state import AcceleratorState, PartialState
 
     alone = world_size() == 1
-    # several processes without a GPU: accelerate would take each for a run of its own
-    on_cpu = next(net.parameters()).device.type == "cpu" if alone else not torch.accelerator.is_available()
+    if alone:
+        on_cpu = next(net.parameters()).device.type == "cpu"
+    else:  # without a device that has a way to talk, accelerate would take each process for a run of its own
+        found = torch.accelerator.current_accelerator(check_available=True)
+        on_cpu = found is None or found.type == "mps"
     # accelerate keeps its settings for the life of the process; a second run with others would be refused.
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") != mixed_precision:

@@ -22,7 +22,7 @@ from eas_kit.errors import ConfigError
 from eas_kit.launch import main
 from eas_kit.launch_config import LaunchConfig, read_config
 from eas_kit.masks import read_mask
-from eas_kit.training import SearchResult
+from eas_kit.training import History, SearchResult
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "notebooks" / "params" / "launch").glob("*.yaml"))
@@ -128,6 +128,18 @@ def test_another_run_is_refused_in_its_folder(whole, capsys):
     assert main([config]) == 0
 
 
+def test_interrupted_it_stops_there(model, monkeypatch):
+    folder, config = prepared(model, "interrupted", evaluate=None)
+    monkeypatch.setattr("eas_kit.launch.fit", lambda *_: History([], interrupted=True))
+    assert main([config]) == 130
+    assert (folder / "mask.json").exists() and not (folder / "adapters").exists()
+    stopped = SearchResult(torch.zeros(5), (), [], interrupted=True)
+    monkeypatch.setattr("eas_kit.launch.search", lambda *_: stopped)
+    (folder / "mask.json").unlink()
+    assert main([config]) == 130
+    assert not (folder / "mask.json").exists()
+
+
 def test_tuning_alone_under_a_given_mask(whole, model):
     folder = run_here(model, "given", search=None, mask=[1, 3], evaluate=None)
     found = results(folder)
@@ -161,6 +173,7 @@ def test_two_processes_are_one(whole, both, model, how):
     torch.testing.assert_close(two.preferences, one.preferences, rtol=1e-4, atol=1e-7)
     assert [step["loss"] for step in two.steps] == pytest.approx([step["loss"] for step in one.steps], rel=1e-5)
     metrics = [results(path)["metrics"] for path in (whole, folder)]
+    assert metrics[1]["parameters"] == metrics[0]["parameters"]
     for part, name in (("train", "first_loss"), ("train", "last_loss"), ("evaluate", "loss")):
         assert metrics[1][part][name] == pytest.approx(metrics[0][part][name], rel=1e-4)
     # Adam divides by the size of a gradient, also where that is rounding alone
@@ -197,11 +210,14 @@ def shared_fit(folder: Path) -> None:
     frozen = net.base.model.language_model.layers[1].mlp.up_proj.weight
     found = {"losses": history.losses, "frozen": type(frozen.data).__name__, "part": tuple(frozen.to_local().shape)}
     found["trained"] = {type(p.data).__name__ for p in net.parameters() if p.requires_grad}
-    found["state"] = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    found["state"] = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     again = llava()
     again.mask = (1, 3)
     found["again"] = eas.fit(again, toys.ToyTask(), fit_config(folder / "fit", resume=True)).losses
     prompts = toys.make_prompts()
+    with torch.inference_mode():  # as evaluations are made; training has to go on after them
+        net.eval()(**prompts)
+    found["longer"] = eas.fit(net, toys.ToyTask(), fit_config(None)).losses
     net.eval()
     found["tokens"] = net.generate(**prompts, max_new_tokens=4)
     lora = lora_llama()
@@ -212,7 +228,7 @@ def shared_fit(folder: Path) -> None:
     except ConfigError as error:
         found["refused"] = str(error)
     if rank == 0:
-        net.save_pretrained(folder / "adapters")
+        again.save_pretrained(folder / "adapters")
     torch.save(found, folder / f"found-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -243,6 +259,8 @@ def test_fsdp_shares_what_is_frozen_and_trains_as_one_process(tmp_path):
     net = llava()
     net.mask = (1, 3)
     expected = eas.fit(net, toys.ToyTask(), fit_config(tmp_path / "alone"))
+    state = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+    longer = eas.fit(net, toys.ToyTask(), fit_config(None)).losses
     tokens = net.generate(**toys.make_prompts(), max_new_tokens=4)
     lora = lora_llama()
     lora_losses = eas.fit(lora, toys.ToyTask(images=False), fit_config(None)).losses
@@ -252,9 +270,10 @@ def test_fsdp_shares_what_is_frozen_and_trains_as_one_process(tmp_path):
         assert found["frozen"] == "DTensor" and found["part"] == ((27, 38), (26, 38))[rank]
         assert found["trained"] == {"Tensor"}
         assert found["losses"] == found["again"] == pytest.approx(expected.losses, rel=1e-4)
-        for name, parameter in net.named_parameters():
-            if parameter.requires_grad:
-                torch.testing.assert_close(found["state"][name], parameter.detach(), rtol=1e-3, atol=1e-3)
+        assert found["longer"] == pytest.approx(longer, rel=1e-3)
+        assert found["state"].keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(found["state"][name], value, rtol=1e-3, atol=1e-3)
         assert torch.equal(found["tokens"], tokens)
         assert found["lora"] == pytest.approx(lora_losses, rel=1e-4)
         assert torch.equal(found["lora tokens"], lora_tokens)
@@ -376,7 +395,7 @@ def test_files_and_changes_that_make_no_sense(tmp_path):
     assert (changed.search.output_dir, changed.train.output_dir) == (str(Path("out/search")), str(Path("out/tuning")))
     for wrong, message in (
         ("seed", "wanted NAME=VALUE"),
-        ("seed.x=1", ""),
+        ("seed.x=1", "seed: wanted a whole number"),
         ("output_dir.x=1", "which has nothing inside"),
     ):
         with pytest.raises(ConfigError, match=message):
