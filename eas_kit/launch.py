@@ -54,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def run(config: LaunchConfig) -> int:
@@ -88,12 +85,19 @@ def run(config: LaunchConfig) -> int:
     if is_main():
         _write_results(config, net, task, folder, result, history, found, processes, sharded)
         _say(net, found, folder)
+    _leave_the_group()
     return 0
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes files."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _leave_the_group() -> None:
+    """Where all goes well: after an error the others may still wait for this process, and the launcher ends them."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _check_launch(config: LaunchConfig) -> None:
@@ -200,8 +204,7 @@ def _evaluate(config: LaunchConfig, net: EASModel, task: Any, folder: Path) -> d
     settings = {"split": "test"} | config.evaluate
     if is_sharded(net):
         return task.evaluate(net, **settings)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    _leave_the_group()
     if not is_main():
         return None
     if settings.get("predictions") is not None:

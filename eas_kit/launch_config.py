@@ -53,6 +53,12 @@ class LaunchConfig(Config):
         if self.search is None and self.train is None and self.evaluate is None:
             raise ConfigError("search, train and evaluate are all null: there is nothing to do")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a dictionary for files, without a token for the hub."""
+        values = super().to_dict()
+        values["model"].pop("token", None)
+        return values
+
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before. Evaluation is done anew, so it may differ."""
         loops = {name: None if one is None else one.identity() for name, one in self.loops().items()}

@@ -74,7 +74,8 @@ def shard(net: nn.Module, device: torch.device) -> None:
     if is_sharded(net):
         return
     base, layers = unwrap(net), _layers(net)
-    shared = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
+    frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
+    shared = {p for p in frozen if p.is_floating_point()}  # weights of 4 bits lie packed in bytes
     if not shared:
         raise ConfigError(
             f"accelerate is set up for FSDP, and the layers of this {type(base).__name__} have no frozen weights; fit"

@@ -391,6 +391,9 @@ def test_files_and_changes_that_make_no_sense(tmp_path):
     changed = read_config(path, ["train.learning_rate=1e-3", "model.dtype=bfloat16", "search.num_skipped=2", "seed=3"])
     assert changed.train.learning_rate == 1e-3
     assert changed.model == {"name": "tiny", "dtype": "bfloat16"}
+    secret = read_config(path, ["model.token=hf_secret"])
+    assert secret.model["token"] == "hf_secret"
+    assert "hf_secret" not in f"{secret.to_dict()} {secret.identity()}"
     assert (changed.search.seed, changed.train.seed) == (3, 3)
     assert (changed.search.output_dir, changed.train.output_dir) == (str(Path("out/search")), str(Path("out/tuning")))
     for wrong, message in (
