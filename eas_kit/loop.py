@@ -23,6 +23,7 @@ from .config import LoopConfig
 from .errors import ConfigError, NothingOpenedError, TrainingError
 from .modes import keeping_modes
 from .processes import Order, StopOnInterrupt, make_accelerator, recompute, recomputing
+from .sharding import average_gradients, shard, sharding_is_asked_for
 from .sites import unwrap
 
 
@@ -174,9 +175,11 @@ class Loop:
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
                     loss = self.model(**batch).loss
-                # DDP averages gradients over processes; undo it, so that every answer token weighs 1 / total.
+                # Gradients are averaged over processes; undo it, so that every answer token weighs 1 / total.
                 accelerator.backward(loss * (count * accelerator.num_processes / total))
             loss_sum = loss_sum + loss.detach().double() * count
+        if self.sharded:  # else DDP has done it
+            average_gradients(self.parameters, accelerator)
         mean = self._sum(float(loss_sum)) / total
         norm = float(accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf))
         overflow_is_handled = accelerator.scaler is not None  # fp16: the scaler skips such a step by itself
@@ -257,7 +260,10 @@ class Loop:
             raise ConfigError(f"A batch of {smallest} cannot be shared by {world} processes; make it larger.")
         if config.gradient_checkpointing:
             recompute(unwrap(self.net), True)
-        self.model = accelerator.prepare_model(self.net) if world > 1 else self.net
+        self.sharded = world > 1 and sharding_is_asked_for()
+        if self.sharded:
+            shard(self.net, accelerator.device)
+        self.model = accelerator.prepare_model(self.net) if world > 1 and not self.sharded else self.net
         self.device = accelerator.device if world > 1 else next(self.net.parameters()).device
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

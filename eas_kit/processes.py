@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigError
+from .sharding import unknown_to_accelerate
 
 
 class Order:
@@ -33,32 +34,49 @@ class Order:
         return self._epochs[epoch]
 
 
+def world_size() -> int:
+    """Processes that work together: 1 before a group exists and where no launcher announced one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def make_accelerator(mixed_precision: str, net: nn.Module):
-    """An Accelerator that leaves a single process's model where it is."""
+    """An Accelerator that leaves a single process's model where it is, and the sharding of FSDP to sharding.py."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.distributed.is_initialized()
-    on_cpu = alone and next(net.parameters()).device.type == "cpu"
+    alone = world_size() == 1
+    if alone:
+        on_cpu = next(net.parameters()).device.type == "cpu"
+    else:  # without a device that has a way to talk, accelerate would take each process for a run of its own
+        found = torch.accelerator.current_accelerator(check_available=True)
+        on_cpu = found is None or found.type == "mps"
     # accelerate keeps its settings for the life of the process; a second run with others would be refused.
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") != mixed_precision:
         AcceleratorState._reset_state()
     if alone and PartialState._shared_state and (PartialState().device.type == "cpu") != on_cpu:
         AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=on_cpu,
-        device_placement=not alone,
-        # Another mask is another graph: the adapters that a step does not use get no gradient in it.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
-    )
+    with unknown_to_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=on_cpu,
+            device_placement=not alone,
+            # Another mask is another graph: the adapters that a step does not use get no gradient in it.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        )
     kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    if kind == "FSDP":
         raise ConfigError(
-            f"accelerate is set up for {kind}, but fit and search want a whole copy of the model in every process (the"
-            " adapters alone are trained, and small): launch without it, e.g. with --multi_gpu; to train a sharded"
-            " model, call torch's fully_shard on its layers and on net, in a loop of your own"
+            "an Accelerator with FSDP exists in this process already, and fit and search shard in a way of their own"
+            " (frozen weights alone): call them before, or without, an Accelerator of yours"
+        )
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        raise ConfigError(
+            f"accelerate is set up for {kind}, which would put the adapters into shards too; launch with --multi_gpu,"
+            " which wants a whole copy of the model in every process, or with --use_fsdp --fsdp_version 2, which shards"
+            " the frozen weights"
         )
     return accelerator
 

@@ -59,8 +59,8 @@ def base_name(base: nn.Module) -> str | None:
     return str(folder.resolve()) if name not in BUNDLED and folder.is_dir() else str(name)
 
 
-def _class_name(base: nn.Module) -> str:
-    # fully_shard puts a class of its own, FSDP<name>, before the model's
+def class_name(base: nn.Module) -> str:
+    """The class that the model had before fully_shard, which puts one of its own, FSDP<name>, before it."""
     return next(c.__name__ for c in type(base).__mro__ if not c.__name__.startswith("FSDP"))
 
 
@@ -83,7 +83,7 @@ def describe_net(net: EASModel) -> dict[str, Any]:
         "torch_version": torch.__version__,
         "transformers_version": transformers.__version__,
         "base_model_name_or_path": base_name(base),
-        "base_model_class": _class_name(base),
+        "base_model_class": class_name(base),
         "base_model_dtype": str(base.dtype).removeprefix("torch.") if hasattr(base, "dtype") else None,
         **_source(base),
         "num_sites": net.num_sites,
@@ -265,7 +265,7 @@ def _load_base(saved: Saved, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _check_base(saved: Saved, base: nn.Module) -> None:
-    wanted, here = saved.about.get("base_model_class"), _class_name(base)
+    wanted, here = saved.about.get("base_model_class"), class_name(base)
     if wanted is not None and wanted != here:
         raise saved.error(
             CONFIG_FILE,

@@ -24,6 +24,7 @@ from .errors import ConfigError, TrainingError
 from .loop import Event, Loop
 from .masks import save_mask
 from .processes import Order
+from .saving import class_name
 from .sites import unwrap
 from .tasks import check_task
 
@@ -219,7 +220,7 @@ def search(
 
 def _about(net: nn.Module, task) -> dict[str, Any]:
     """What a resumed run must share with the first besides its settings."""
-    found = {"task": getattr(task, "name", None), "model": type(unwrap(net)).__name__}
+    found = {"task": getattr(task, "name", None), "model": class_name(unwrap(net))}
     if hasattr(net, "adapters"):
         found |= {f"adapters.{name}": value for name, value in net.config.identity().items()}
     return found
@@ -236,3 +237,11 @@ def candidate_sites(candidates: str | Iterable[int] | None, kinds: list[str]) ->
             f"EASConfig(kinds=({candidates!r},))."
         )
     return sites
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .launch import main
+
+    sys.exit(main())

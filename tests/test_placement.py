@@ -341,12 +341,18 @@ class TestSharded:
         assert seen[0]["fsdp"]["detached"] == "LlamaAttention"
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_the_training_loop_refuses_what_would_shard_its_model(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("FSDP", r"an Accelerator with FSDP exists in this process already.*call them before, or without"),
+        ("DEEPSPEED", r"accelerate is set up for DEEPSPEED.*whole copy of the model.*--use_fsdp --fsdp_version 2"),
+    ],
+)
+def test_the_training_loop_refuses_what_would_shard_its_adapters(kind, message, monkeypatch):
     from accelerate import Accelerator, DistributedType
 
     net = nn.Linear(2, 3)
     assert make_accelerator("no", net).distributed_type == DistributedType.NO
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
-    with pytest.raises(ConfigError, match=f"accelerate is set up for {kind}.*whole copy of the model.*fully_shard"):
+    with pytest.raises(ConfigError, match=message):
         make_accelerator("no", net)
