@@ -20,6 +20,7 @@ OWN = {
     "lavin": "lavin",
     "tiny-lavin": "lavin",
 }
+WITH_WEIGHTS = frozenset({*BUNDLED, *(name for name in OWN if name.startswith("tiny"))})  # that come with eas_kit
 # config.model_type -> module that makes it known to transformers' auto classes
 OWN_TYPES = {
     "lavin": "lavin",
@@ -112,12 +113,18 @@ def is_own(name: Any) -> bool:
     return isinstance(name, str) and name in OWN
 
 
-def register_own(model_type: Any) -> bool:
-    """Make a model type of `OWN_TYPES` known to transformers' auto classes; False for any other."""
-    if model_type not in OWN_TYPES:
-        return False
-    import_module(f"{__name__}.{OWN_TYPES[model_type]}")
-    return True
+def auto_config(source: str | Path, **options: Any) -> Any:
+    """AutoConfig's, which learns of a model type of `OWN_TYPES` when it meets one."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except ValueError:
+        told, _ = PreTrainedConfig.get_config_dict(source, **options)
+        if told.get("model_type") not in OWN_TYPES:
+            raise
+        import_module(f"{__name__}.{OWN_TYPES[told['model_type']]}")
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def load_processor(name_or_folder: str | Path, **kwargs):
@@ -196,12 +203,12 @@ def _refuse_adapters(name: str, source: str, options: dict[str, Any]) -> None:
 
 def _read_config(name: str, source: str, options: dict[str, Any], given: Any):
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     if isinstance(given, PreTrainedConfig):
         return given
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        return auto_config(source, **options)
     except OSError as error:
         if Path(source).is_dir():
             raise _no_config(name, error) from error
@@ -211,8 +218,6 @@ def _read_config(name: str, source: str, options: dict[str, Any], given: Any):
         ) from error
     except (ValueError, KeyError, StrictDataclassError) as error:
         told, _ = PreTrainedConfig.get_config_dict(source, **options)
-        if isinstance(error, ValueError) and register_own(told.get("model_type")):
-            return AutoConfig.from_pretrained(source, **options)
         if "auto_map" in told and not options["trust_remote_code"]:
             raise _needs_code(name) from error
         if "model_type" not in told:

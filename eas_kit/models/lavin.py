@@ -1,7 +1,7 @@
 """LaVIN (arXiv 2305.15023), from a stock Llama and the vision tower of a stock CLIP: models, processor, loading.
 
-    picture --> CLIP, an adapter before every attention --> class token after every 4th block --> projection: (n, 6, d)
-    text    --> [modality] <s> Image: [6 image tokens] ... question ...   or   [modality] <s> Image: N/A ... question ...
+    picture -> CLIP, an adapter before every attention -> class token after every 4th block -> projection: (n, 6, d)
+    text    -> [modality] <s> Image: [6 image tokens] ... question ...   or   [modality] <s> Image: N/A ... question ...
 
 Both placeholders are tokens of the tokenizer, so that whatever `generate` does with token ids goes on as ever; their
 embeddings are replaced, those of [modality] by one of two learned vectors (with a picture, without). No other position
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class LavinConfig(PreTrainedConfig):
     modality_token_id: int = 32001
     vision_step: int = 4
     """The class token is taken after every so many blocks of the tower."""
-    projection_size: int = 128
+    projector_size: int = 128
     """Width between the two linears from the tower to the language model."""
     vision_rank: int = 8
     """Rank of the adapters in the tower."""
@@ -77,15 +78,15 @@ class LavinConfig(PreTrainedConfig):
             self.vision_config.hidden_size,
             self.vision_groups,
         )
-        for name, most in (("vision_step", blocks), ("projection_size", None), ("vision_rank", None)):
+        for name, most in (("vision_step", blocks), ("projector_size", None), ("vision_rank", None)):
             value = getattr(self, name)
             if not is_int(value, 1) or (most is not None and value > most):
                 among = f"from 1 to {most}, the blocks of the vision tower" if most else "from 1 up"
                 raise ConfigError(f"LavinConfig.{name}: wanted a whole number {among}, got {value!r}")
         if not is_int(groups, 1) or self.vision_rank % groups or width % groups:
             raise ConfigError(
-                f"LavinConfig.vision_groups: wanted a divisor of vision_rank {self.vision_rank} and of the tower's width"
-                f" {width}, got {groups!r}"
+                f"LavinConfig.vision_groups: wanted a divisor of vision_rank {self.vision_rank} and of the tower's"
+                f" width {width}, got {groups!r}"
             )
 
     @property
@@ -94,7 +95,7 @@ class LavinConfig(PreTrainedConfig):
         return tuple(range(self.vision_step, self.vision_config.num_hidden_layers + 1, self.vision_step))
 
 
-class ImageProjection(nn.Sequential):
+class ImageProjector(nn.Sequential):
     """Linear - SiLU - Linear, from the tower's width to the language model's."""
 
     def __init__(self, vision_size: int, size: int, text_size: int) -> None:
@@ -115,7 +116,7 @@ class BeforeVisionAttention:
 
 class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """LaVIN. Parts: `language_model` (LlamaForCausalLM), `vision_tower` (CLIPVisionModel), and what trains:
-    `vision_adapters` (one PIA with one path a block), `projection`, `modality` (2, d): without a picture, with one.
+    `vision_adapters` (one PIA with one path a block), `projector`, `modality` (2, d): without a picture, with one.
     """
 
     config: LavinConfig
@@ -128,7 +129,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = False  # its kernels take no mask in which one token is hidden
     _can_compile_fullgraph = True
 
-    eas_modules_to_save = ("vision_adapters", "projection", "modality")
+    eas_modules_to_save = ("vision_adapters", "projector", "modality")
     # the steps of an optimiser are too small for half precision
     _keep_in_fp32_modules_strict = eas_modules_to_save
 
@@ -175,7 +176,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, PIA):
             module.reset_parameters()
-        elif isinstance(module, ImageProjection):
+        elif isinstance(module, ImageProjector):
             module[0].reset_parameters()
             module[2].reset_parameters()
 
@@ -198,7 +199,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """(n, image tokens, d) from n pictures (n, 3, H, W)."""
         seen = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True).hidden_states
         classes = torch.stack([seen[block][:, 0] for block in self.config.taps], dim=1)
-        return self.projection(classes.to(self.projection[0].weight.dtype))
+        return self.projector(classes.to(self.projector[0].weight.dtype))
 
     def forward(
         self,
@@ -211,7 +212,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """LlamaForCausalLM's output, for rows (B, S) that begin with the modality token, as `LavinProcessor` makes them.
+        """LlamaForCausalLM's output, for rows (B, S) that `LavinProcessor` makes: the modality token comes first.
 
         `pixel_values` (n, 3, H, W): the pictures of the rows that have some, in the order of their placeholders.
         `attention_mask` (B, S so far): 0 where a row is padded, left or right. With `inputs_embeds`, which hold all
@@ -237,6 +238,19 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate looks which keywords it takes
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The stock ones; the pictures also for the prefill of an assistant, which stock models do without."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        pixel_values = kwargs.get("pixel_values")
+        if (
+            pixel_values is not None
+            and "pixel_values" not in inputs
+            and _is_prefill(inputs["input_ids"], find_cache(inputs))
+        ):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         image = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids)
@@ -248,9 +262,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _check_placeholders(self, ids: Tensor, pixel_values: Tensor | None, mask: Tensor | None, cache: Any) -> None:
         """Of a prefill or a training forward; a step of decoding has none."""
-        if ids.is_meta or torch.compiler.is_compiling() or ids.shape[1] == 1:
-            return
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        if ids.is_meta or torch.compiler.is_compiling() or not _is_prefill(ids, cache):
             return
         found = ids == self.config.modality_token_id
         first = _first_attended(mask, ids) if mask is None or mask.dim() == 2 else found.int().argmax(dim=1)
@@ -261,12 +273,13 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f" ({self.config.modality_token_id}), once and nowhere else; LavinProcessor puts it there: make the"
                 " inputs with it, processor(text=..., images=...), and not with its tokenizer alone"
             )
-        places, pictures = int((ids == self.config.image_token_id).sum()), 0 if pixel_values is None else len(pixel_values)
-        if places != pictures * len(self.config.taps):
+        each, pictures = len(self.config.taps), 0 if pixel_values is None else len(pixel_values)
+        places = int((ids == self.config.image_token_id).sum())
+        if places != pictures * each:
             raise PromptError(
-                f"LaVIN: {pictures} pictures take {pictures * len(self.config.taps)} image tokens, {len(self.config.taps)}"
-                f" each, and input_ids hold {places}; make text and pictures into inputs in one call of LavinProcessor,"
-                " and pass on all that it returns, pixel_values too"
+                f"LaVIN: {pictures} pictures take {pictures * each} image tokens, {each} each, and input_ids hold"
+                f" {places}; make text and pictures into inputs in one call of LavinProcessor, and pass on all that it"
+                " returns, pixel_values too"
             )
 
     def _attention_mask(self, embeds: Tensor, mask: Any, cache: Any, positions: Tensor | None) -> Any:
@@ -278,9 +291,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
         def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key != column[row]) | (query == key)
 
-        return create_causal_mask(
-            self.language_model.config, embeds, mask, cache, positions, and_mask_function=visible
-        )
+        return create_causal_mask(self.language_model.config, embeds, mask, cache, positions, and_mask_function=visible)
 
     def create_masks_for_generate(
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
@@ -292,13 +303,20 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def _trained_parts(config: LavinConfig) -> dict[str, nn.Module]:
     """What LaVIN adds to its parts, new."""
     vision, width = config.vision_config, config.text_config.hidden_size
-    settings = {name: getattr(config, f"vision_{name}") for name in ("rank", "groups", "scale", "temperature", "dropout")}
+    settings = {
+        name: getattr(config, f"vision_{name}") for name in ("rank", "groups", "scale", "temperature", "dropout")
+    }
     adapters = [PIA(vision.hidden_size, **settings, paths=1) for _ in range(vision.num_hidden_layers)]
     return {
         "vision_adapters": nn.ModuleList(adapters),
-        "projection": ImageProjection(vision.hidden_size, config.projection_size, width),
+        "projector": ImageProjector(vision.hidden_size, config.projector_size, width),
         "modality": nn.Embedding(2, width),
     }
+
+
+def _is_prefill(ids: Tensor, cache: Any) -> bool:
+    """True if these are whole rows: they have more than one token, which is looked at first, and nothing is cached."""
+    return ids.shape[1] > 1 and (cache is None or int(cache.get_seq_length()) == 0)
 
 
 def _first_attended(mask: Tensor | None, like: Tensor) -> Tensor:
@@ -353,7 +371,9 @@ class LavinProcessor(ProcessorMixin):
 
     def _put_modality(self, batch: BatchFeature) -> None:
         """Before the first token that is no padding: as the tokenizer sees it, the beginning of the text is `<s>`."""
-        marks = batch.get("attention_mask") or [[token != self.tokenizer.pad_token_id for token in row] for row in batch["input_ids"]]
+        marks = batch.get("attention_mask") or [
+            [token != self.tokenizer.pad_token_id for token in row] for row in batch["input_ids"]
+        ]
         starts = [next((place for place, mark in enumerate(row) if mark), len(row)) for row in marks]
         for key, value in (("input_ids", self.modality_token_id), ("attention_mask", 1)):
             for row, start in zip(batch.get(key, ()), starts):
@@ -362,11 +382,10 @@ class LavinProcessor(ProcessorMixin):
 
 # ------------------------------------------------------------------------------------------------------- loading
 
-_SIZES = ("vision_step", "projection_size") + tuple(
-    f"vision_{name}" for name in ("rank", "groups", "scale", "temperature", "dropout")
-)
+_SIZES = ("vision_step", "projector_size", "vision_rank", "vision_groups")
+_SIZES = (*_SIZES, "vision_scale", "vision_temperature", "vision_dropout")
 _OPTIONS = ("dtype", "torch_dtype", "attn_implementation", "weights_only", "trust_remote_code")
-_OPTIONS += ("token", "cache_dir", "local_files_only")
+_OPTIONS = (*_OPTIONS, "token", "cache_dir", "local_files_only")
 
 
 def load(name: str, **kwargs: Any) -> tuple[Any, LavinProcessor]:
@@ -376,7 +395,7 @@ def load(name: str, **kwargs: Any) -> tuple[Any, LavinProcessor]:
         llama, clip: folders or names on the hub, of "lavin": a Llama with its tokenizer, and a CLIP (or its vision
             tower alone) with its image processor.
         seed: of what LaVIN trains: the adapters of the tower, the projection, the modality vectors.
-        kwargs: sizes of `LavinConfig` (vision_step, projection_size, vision_rank, vision_groups, vision_scale,
+        kwargs: sizes of `LavinConfig` (vision_step, projector_size, vision_rank, vision_groups, vision_scale,
             vision_temperature, vision_dropout); dtype, attn_implementation, token, cache_dir, local_files_only.
 
     Raises EASError for parts that are missing, of another kind or not fit for each other, and for other keywords.
@@ -385,9 +404,9 @@ def load(name: str, **kwargs: Any) -> tuple[Any, LavinProcessor]:
     unknown = sorted(set(kwargs) - {*_SIZES, *_OPTIONS, *parts, "seed"})
     if unknown:
         raise ConfigError(
-            f"load_model({name!r}): there is no {', '.join(unknown)} here; wanted {', '.join((*parts, 'seed', *_SIZES))},"
-            f" {', '.join(_OPTIONS)}. For anything else put the model together once, model.save_pretrained(folder),"
-            " processor.save_pretrained(folder), and load_model(folder, ...)"
+            f"load_model({name!r}): there is no {', '.join(unknown)} here; wanted some of"
+            f" {', '.join((*parts, 'seed', *_SIZES, *_OPTIONS))}. For anything else put the model together once,"
+            " model.save_pretrained(folder), processor.save_pretrained(folder), and load_model(folder, ...)"
         )
     seed = kwargs.pop("seed", 0)
     if not is_int(seed, 0):
@@ -479,8 +498,8 @@ def _check_pictures(clip: Any, pictures: Any, size: int) -> None:
     made = pictures.crop_size if pictures.do_center_crop else pictures.size
     if {made.get("height"), made.get("width")} != {size}:
         raise ConfigError(
-            f"load_model('lavin', clip={str(clip)!r}): its image processor makes pictures of {dict(made)}, and its tower"
-            f" reads {size} x {size}; take the image processor that belongs to it"
+            f"load_model('lavin', clip={str(clip)!r}): its image processor makes pictures of {dict(made)}, and its"
+            f" tower reads {size} x {size}; take the image processor that belongs to it"
         )
 
 
@@ -501,7 +520,8 @@ def _add_embeddings(llama: LlamaForCausalLM, size: int, pad: int) -> None:
     old = llama.config.vocab_size
     if size > old:
         means = [part().weight.mean(dim=0) for part in (llama.get_input_embeddings, llama.get_output_embeddings)]
-        llama.resize_token_embeddings(size, mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # what it draws is replaced
+            llama.resize_token_embeddings(size, mean_resizing=False)
         for part, mean in zip((llama.get_input_embeddings, llama.get_output_embeddings), means, strict=True):
             part().weight[old:] = mean
     if llama.config.pad_token_id is None:
