@@ -361,8 +361,9 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     tokenizer = copy.deepcopy(eas.load_model("tiny")[1].tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "<image>"]
-    state["model"]["vocab"]["image-of-old"] = state["model"]["vocab"].pop("<image>")
+    for name in ("<image>", "<pad>"):
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != name]
+        state["model"]["vocab"][f"was {name}"] = state["model"]["vocab"].pop(name)
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
