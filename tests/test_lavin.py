@@ -709,31 +709,24 @@ def test_shares_and_operations_of_the_real_size():
     assert 100 * found["active_share"] == pytest.approx(0.11, abs=0.01)
     adapters, projector = 24 * (8 * 1024 + 8 + 2 * (1024 * 4 + 1024) + 2 * 1025), 1024 * 128 + 128 + 128 * 4096 + 4096
     assert found["active"]["modules_to_save"] == adapters + projector + 2 * 4096
-    for mask, published in (((), 1714.8), (range(12), 1497.1)):
-        seen = eas.measure.flops("lavin-7b", tokens=262, mask=mask)["total"] / G
-        assert seen == pytest.approx(published, rel=2e-4)
-        assert eas.measure.flops(base, tokens=262, mask=mask)["total"] / G == seen
+    dense, skipped = (eas.measure.flops(base, tokens=262, mask=mask)["total"] for mask in ((), range(12)))
+    assert dense / G == pytest.approx(1714.8, rel=2e-4)
+    assert skipped / G == pytest.approx(1497.1, rel=2e-4)
     ids = torch.empty(1, 262, dtype=torch.long, device="meta")
     picture = torch.empty(1, 3, 224, 224, dtype=base.dtype, device="meta")
     whole = eas.measure.flops(net, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture})
-    assert (whole["total"] - whole["adapter"]) / G == pytest.approx(1497.1, rel=2e-4)
+    assert whole["total"] - whole["adapter"] == skipped
     assert whole["adapter"] / G < 1
     tower = 24 * (257 * 12 * 1024**2 + 2 * 257**2 * 1024) + 256 * 3 * 14**2 * 1024  # blocks, patches
     assert whole["other"] == tower + 6 * (1024 * 128 + 128 * 4096) + 262 * 32003 * 4096  # projector, head
 
 
 def test_memory_of_the_real_size():
-    found = eas.estimate_memory(
-        "lavin-7b",
-        prompt_tokens=17,
-        new_tokens=2,
-        eas=eas.EASConfig(skip_rank=32, adapt_rank=8),
-        mask=[3],
-        training=True,
-    )
-    trained = eas.estimate_memory("lavin-7b", prompt_tokens=17, new_tokens=2).weights
-    assert found.weights["projector"] == 2 * (1024 * 128 + 128 + 128 * 4096 + 4096)
+    adapters = eas.EASConfig(skip_rank=32, adapt_rank=8)
+    found = eas.estimate_memory("lavin-7b", prompt_tokens=5, new_tokens=1, eas=adapters, mask=[3], training=True)
+    projector = 1024 * 128 + 128 + 128 * 4096 + 4096
+    assert found.weights["projector"] == 2 * projector
     assert found.weights["language_layers"] == 32 * 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
-    assert found.weights == trained
-    assert found.training["gradients"] > found.adapters["active"]
+    trained = found.adapters["active"] + 2 * (projector + 24 * 20490 + 2 * 4096)  # in float32, in the model's float16
+    assert found.training["gradients"] == trained
     assert len(eas.describe("tiny-lavin")) == 12
