@@ -149,6 +149,11 @@ def test_image_tokens_are_those_of_the_formula(model):
     assert seen.shape == (2, TAPS, WIDTH)
     for one, picture in zip(seen, pixels, strict=True):
         torch.testing.assert_close(one, reference_image_tokens(model, picture), rtol=1e-6, atol=1e-6)
+    patches = LavinForConditionalGeneration(make_config(vision_positions="patches", vision_step=BLOCKS)).eval().double()
+    patches.load_state_dict(model.state_dict())
+    every = patches.vision_tower(pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(patches.get_image_features(pixels), model.projector(every))
+    assert patches.config.image_seq_length == every.shape[1] == 9
     for pia in model.vision_adapters:
         pia.reset_parameters()  # control: adapters that are new return their input
     assert not torch.allclose(model.get_image_features(pixels), seen, rtol=0.01)
@@ -343,6 +348,7 @@ def test_ready_embeddings(model):
     ("changes", "message"),
     [
         ({"vision_step": 6}, "vision_step: wanted a whole number from 1 to 5, the blocks of the vision tower, got 6"),
+        ({"vision_positions": "all"}, r"vision_positions: wanted one of \('class', 'patches'\), got 'all'"),
         ({"projector_size": 0}, "projector_size: wanted a whole number from 1 up, got 0"),
         ({"vision_groups": 4}, "vision_groups: wanted a divisor of vision_rank 6 and of the tower's width 22, got 4"),
     ],
@@ -515,14 +521,14 @@ def test_sequence(tiny):
             row = ids[mask.bool()].tolist()
             image = model.config.image_token_id
             known = tokenizer(text, add_special_tokens=False)["input_ids"]
-            expected = [token for one in known for token in ([image] * 2 if one == image else [one])]
+            expected = [token for one in known for token in ([image] * 9 if one == image else [one])]
             assert row == [model.config.modality_token_id, tokenizer.bos_token_id, *expected]
             pads = ids[~mask.bool()].tolist()
             assert set(pads) <= {tokenizer.pad_token_id}
             assert mask.tolist() == (
                 [0] * len(pads) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(pads)
             )
-        assert "<s>Image: <image><image>\nwhat?" in tokenizer.decode(batch["input_ids"][0])
+        assert f"<s>Image: {9 * '<image>'}\nwhat?" in tokenizer.decode(batch["input_ids"][0])
     written = processor(text="<s>Image: N/A\n", add_special_tokens=False)["input_ids"]
     assert written == processor(text=["Image: N/A\n"])["input_ids"]
     assert processor(text="hm", return_attention_mask=False)["input_ids"][0][0] == model.config.modality_token_id
