@@ -64,7 +64,7 @@ def make_config(**changes) -> LavinConfig:
         initializer_factor=3.0,
     )
     values = {"image_token_id": IMAGE, "modality_token_id": MODALITY, "vision_step": 2, "projector_size": 13}
-    return LavinConfig(text_config=text, vision_config=vision, vision_rank=6, **values | changes)
+    return LavinConfig(**{"text_config": text, "vision_config": vision, "vision_rank": 6} | values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +349,8 @@ def test_ready_embeddings(model):
     [
         ({"vision_step": 6}, "vision_step: wanted a whole number from 1 to 5, the blocks of the vision tower, got 6"),
         ({"vision_positions": "all"}, r"vision_positions: wanted one of \('class', 'patches'\), got 'all'"),
+        ({"text_config": MistralConfig()}, "text_config: wanted a LlamaConfig, got a MistralConfig"),
+        ({"vision_config": CLIPConfig()}, "vision_config: wanted a CLIPVisionConfig, got a CLIPConfig"),
         ({"projector_size": 0}, "projector_size: wanted a whole number from 1 up, got 0"),
         ({"vision_groups": 4}, "vision_groups: wanted a divisor of vision_rank 6 and of the tower's width 22, got 4"),
     ],
@@ -441,7 +443,9 @@ def test_a_saved_lavin_is_a_model_like_any_other(parts, tmp_path, monkeypatch):
     assert again.generation_config.suppress_tokens == [model.config.image_token_id, model.config.modality_token_id]
     assert again.config.taps == (2, 4)
     assert len(eas.describe(tmp_path / "lavin")) == 3
-    assert isinstance(load_processor(tmp_path / "lavin"), LavinProcessor)
+    for file in ("config.json", "model.safetensors"):  # a processor alone says its class itself
+        assert isinstance(load_processor(tmp_path / "lavin"), LavinProcessor)
+        (tmp_path / "lavin" / file).unlink()
     with pytest.raises(ConfigError, match=r"its folder, as a path \('./lavin'\)"):
         eas.load_model("lavin")
 
@@ -508,6 +512,26 @@ def tiny():
     return eas.load_model("tiny-lavin")
 
 
+def test_the_bundled_parts_stay_as_they_are(tiny):
+    """The same Llama and tower as in the bundled LLaVA, in its attention, with new parts drawn from the seed."""
+    llava, mine = eas.load_model("tiny")[0], tiny[0]
+    for theirs, ours in (
+        (llava.model.language_model, mine.get_decoder()),
+        (llava.model.vision_tower, mine.vision_tower),
+    ):
+        state = ours.state_dict()
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(state[name][: len(tensor)], tensor), name
+    assert mine.language_model.config._attn_implementation == "eager"
+    assert mine.get_output_embeddings().weight is mine.get_input_embeddings().weight
+    again, other = eas.load_model("tiny-lavin")[0], eas.load_model("tiny-lavin", seed=1, vision_rank=4)[0]
+    assert torch.equal(again.projector[2].weight, mine.projector[2].weight)
+    assert not torch.equal(other.projector[2].weight, mine.projector[2].weight)
+    assert other.vision_adapters[0].rank == 4
+    with pytest.raises(ConfigError, match=r"load_model\('tiny-lavin'\): there is no llama here; wanted some of seed"):
+        eas.load_model("tiny-lavin", llama="somewhere")
+
+
 def test_sequence(tiny):
     """[modality] <s> Image: and its tokens, or N/A; pictures and texts share a batch, on either side of the padding."""
     model, processor = tiny
@@ -563,7 +587,9 @@ def test_chats(tiny):
     )
     expected = processor(text=written(turn("q", 1)), images=[picture], return_tensors="pt")
     assert all(torch.equal(inputs[key], expected[key]) for key in expected)
+    assert chat_template("USER: ", "ASSISTANT:") == processor.chat_template
     assert chat_template("Instruction: ", "Response:") != processor.chat_template
+    assert "Image: <picture>" in chat_template("", "", "<picture>")
 
 
 # ------------------------------------------------------------------------- the bundled parts, after one real step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def load_processor(name_or_folder: str | Path, **kwargs):
     name, source = _find(name_or_folder)
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
     options = _resolved(source, kwargs)
-    _read_config(name, source, options, None)
+    with suppress(OSError, ValueError, KeyError):  # a processor may lie alone; a model of ours names its class
+        auto_config(source, **options)
     return _read_processor(name, source, options)
 
 

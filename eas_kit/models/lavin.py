@@ -76,11 +76,12 @@ class LavinConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        blocks, width, groups = (
-            self.vision_config.num_hidden_layers,
-            self.vision_config.hidden_size,
-            self.vision_groups,
-        )
+        for name, wanted in (("text_config", LlamaConfig), ("vision_config", CLIPVisionConfig)):
+            if not isinstance(getattr(self, name), wanted):
+                found = type(getattr(self, name)).__name__
+                raise ConfigError(f"LavinConfig.{name}: wanted a {wanted.__name__}, got a {found}")
+        vision, groups = self.vision_config, self.vision_groups
+        blocks, width = vision.num_hidden_layers, vision.hidden_size
         for name, most in (("vision_step", blocks), ("projector_size", None), ("vision_rank", None)):
             value = getattr(self, name)
             if not is_int(value, 1) or (most is not None and value > most):
@@ -172,6 +173,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         `sizes`: of `LavinConfig`, the two token ids among them.
         """
+        attention = language_model.config._attn_implementation
         config = LavinConfig(text_config=language_model.config, vision_config=vision_tower.config, **sizes)
         with torch.device("meta"):  # no second copy of the parts
             model = cls(config)
@@ -183,6 +185,7 @@ class LavinForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 part.apply(model._init_weights)
                 setattr(model, name, part.to(language_model.device))
         model._adapt_tower()
+        model.set_attn_implementation(attention)
         suppressed = model.generation_config.suppress_tokens
         model.generation_config = language_model.generation_config
         model.generation_config.suppress_tokens = suppressed
@@ -437,17 +440,18 @@ def load(name: str, **kwargs: Any) -> tuple[Any, LavinProcessor]:
         raise ConfigError(f"load_model({name!r}): seed: wanted a whole number from 0 up, got {seed!r}")
     sizes = {key: kwargs.pop(key) for key in _SIZES if key in kwargs}
     read = _read_parts if parts else _tiny_parts
-    llama, tower, tokenizer, pictures, template = read(kwargs)
+    llama, tower, tokenizer, pictures, turns = read(kwargs)
     sizes = ({} if parts else TINY_SIZES) | sizes
     tokens = _add_tokens(tokenizer)
     _add_embeddings(llama, len(tokenizer), tokenizer.pad_token_id)
     model = LavinForConditionalGeneration.from_parts(llama, tower, seed=seed, **tokens, **sizes)
+    mark = tokenizer.convert_ids_to_tokens(tokens["image_token_id"])
     processor = LavinProcessor(
         pictures,
         tokenizer,
         image_seq_length=model.config.image_seq_length,
-        image_token=tokenizer.convert_ids_to_tokens(tokens["image_token_id"]),
-        chat_template=template,
+        image_token=mark,
+        chat_template=chat_template(*turns, mark),
     )
     return model.eval(), processor
 
@@ -467,13 +471,8 @@ def _tiny_parts(kwargs: dict[str, Any]) -> tuple[Any, ...]:
     llama.model, llama.lm_head = llava.model.language_model, llava.lm_head
     llama.config = llama.model.config
     llama.generation_config = llava.generation_config
-    return (
-        llama.eval(),
-        llava.model.vision_tower,
-        processor.tokenizer,
-        processor.image_processor,
-        chat_template("USER: ", "ASSISTANT:"),
-    )
+    turns = ("USER: ", "ASSISTANT:")  # what this Llama knows
+    return llama.eval(), llava.model.vision_tower, processor.tokenizer, processor.image_processor, turns
 
 
 def _read_parts(kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -492,7 +491,7 @@ def _read_parts(kwargs: dict[str, Any]) -> tuple[Any, ...]:
     only_clip = _only("clip", CLIPVisionModel, CLIPVisionConfig, CLIPConfig)
     tower, pictures = _load(clip, None, dict(kwargs), _read_image_processor, only_clip)
     _check_pictures(clip, pictures, tower.config.image_size)
-    return model, tower.to(model.dtype), tokenizer, pictures, chat_template("Instruction: ", "Response:")
+    return model, tower.to(model.dtype), tokenizer, pictures, ("Instruction: ", "Response:")
 
 
 def _only(part: str, cls: type, *configs: type) -> Callable:
@@ -555,9 +554,9 @@ def _add_embeddings(llama: LlamaForCausalLM, size: int, pad: int) -> None:
     llama.generation_config.pad_token_id = pad
 
 
-def chat_template(user: str, assistant: str) -> str:
+def chat_template(user: str, assistant: str, mark: str = IMAGE_TOKEN) -> str:
     """Jinja: "Image: <image>" a picture, or "Image: N/A" where the first question has none, then the turn's text."""
-    image, line = "{{ 'Image: " + IMAGE_TOKEN + "\n' }}", "{{ '\n' }}"
+    image, line = "{{ 'Image: " + mark + "\n' }}", "{{ '\n' }}"
     return (
         "{% set begun = namespace(value=false) %}{% for message in messages %}"
         "{% set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string"
