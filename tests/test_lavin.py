@@ -17,6 +17,7 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CompileConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -311,6 +312,28 @@ def test_drafts_about_a_picture(model):
     blind = {name: value for name, value in row.items() if name != "pixel_values"}
     with pytest.raises(PromptError, match="0 pictures take 0 image tokens"):
         model.generate(**blind, max_new_tokens=2)
+
+
+def test_compiled_decoding(model):
+    """Static cache and torch.compile, as generate does it on a GPU: one graph, merged or not, for all prompts."""
+    net = eas.attach(copy.deepcopy(model), eas.EASConfig(skip_rank=6, adapt_rank=4))
+    stir(net.adapters)
+    net.mask = [1]
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    for merge in (False, "low_rank"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        graphs = []
+        for seed in (0, 1):
+            options = {"max_new_tokens": 5, "do_sample": False, "merge": merge}
+            expected = net.generate(**make_batch(seed=seed), **options)
+            static = {"cache_implementation": "static", "compile_config": config}
+            assert torch.equal(net.generate(**make_batch(seed=seed), **options, **static), expected)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs[0] >= 1
+        assert graphs[0] == graphs[1]
+        assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @torch.no_grad()
