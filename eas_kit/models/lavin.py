@@ -14,7 +14,8 @@ What LaVIN adds (adapters in the tower, projection, modality vectors) is part of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -489,9 +490,22 @@ def _read_parts(kwargs: dict[str, Any]) -> tuple[Any, ...]:
         )
     model, tokenizer = _load(llama, None, dict(kwargs), _read_processor, _only("llama", LlamaForCausalLM, LlamaConfig))
     only_clip = _only("clip", CLIPVisionModel, CLIPVisionConfig, CLIPConfig)
-    tower, pictures = _load(clip, None, dict(kwargs), _read_image_processor, only_clip)
+    with _quiet():  # a whole CLIP has a text tower too, and each of its weights would be reported
+        tower, pictures = _load(clip, None, dict(kwargs), _read_image_processor, only_clip)
     _check_pictures(clip, pictures, tower.config.image_size)
     return model, tower.to(model.dtype), tokenizer, pictures, ("Instruction: ", "Response:")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _only(part: str, cls: type, *configs: type) -> Callable:
