@@ -116,7 +116,7 @@ class ImageProjector(nn.Sequential):
 
 
 class BeforeVisionAttention:
-    """Forward pre-hook of an attention in the tower: adapts its input, which is read at all of its positions."""
+    """Forward pre-hook of an attention in the tower: adapts its input, routed by the mean over all of its positions."""
 
     def __init__(self, pia: PIA) -> None:
         self.pia = pia
