@@ -50,13 +50,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def base_name(base: nn.Module) -> str | None:
     """What the base model was loaded from: the name of a bundled model, a folder (absolute), or a hub id."""
-    from .models import BUNDLED
+    from .models import BUNDLED, OWN
 
     name = getattr(base, "name_or_path", None)
     if not name:
         return None
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if name not in BUNDLED and folder.is_dir() else str(name)
+    return str(folder.resolve()) if name not in {*BUNDLED, *OWN} and folder.is_dir() else str(name)
 
 
 def class_name(base: nn.Module) -> str:

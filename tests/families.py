@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+)
+
+from eas_kit.models.lavin import LavinConfig, LavinForConditionalGeneration
 
 VOCAB, PAD, BOS, EOS = 97, 0, 1, 2
 IMAGE, START, VIDEO = 96, 95, 94  # tokens that stand for a patch of an image, open one, and stand for a video's patch
@@ -78,6 +87,8 @@ class Family:
     """What the refusal must name: of attach for "refused", else of the merge."""
     unmergeable: tuple[int, ...] = ()
     """The sites that do not merge when they are skipped."""
+    first: tuple[int, ...] = ()
+    """Tokens that every row begins with."""
     kept_merge: bool = True
     """False if the adapters of kept attentions do not merge either."""
     refuses: dict[str, str] = field(default_factory=dict)
@@ -160,6 +171,23 @@ def multimodal(
     return build
 
 
+def lavin() -> nn.Module:
+    """eas_kit's own LaVIN: a Llama and a CLIP of three blocks, the class token taken after each."""
+    torch.manual_seed(0)
+    vision = VISION | {"image_size": 9, "num_hidden_layers": 3}
+    config = LavinConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        modality_token_id=START,
+        vision_step=1,
+        projector_size=13,
+        vision_rank=6,
+        vision_dropout=0.0,
+    )
+    return finish(LavinForConditionalGeneration(config), "lavin")
+
+
 # ----------------------------------------------------------------------------------------------------- the inputs
 
 
@@ -178,7 +206,7 @@ def make_rows(family: Family, lengths: tuple[tuple[int, int], ...], images: tupl
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for (prompt, answer), wanted in zip(lengths, images, strict=True):
-        tokens = torch.randint(3, VIDEO, (prompt + answer,), generator=generator).tolist()
+        tokens = [*family.first, *torch.randint(3, VIDEO, (prompt + answer,), generator=generator).tolist()]
         if family.image and wanted:
             tokens = [tokens[0], *family.image.tokens, *tokens[1:]]
             patches = tuple(place for place, token in enumerate(tokens) if token == IMAGE)
@@ -262,6 +290,7 @@ FAMILIES: tuple[Family, ...] = (
         multimodal("llava", "llama", "clip_vision_model", {"image_size": 9}, {}, image_token_id=IMAGE),
         image=Image((IMAGE,) * 9, pixels(1, 3, 9, 9)),
     ),
+    Family("lavin", lavin, image=Image((IMAGE,) * 3, pixels(1, 3, 9, 9)), first=(START,)),
     Family(
         "llava_next",
         multimodal(

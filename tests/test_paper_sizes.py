@@ -19,6 +19,8 @@ PARAMETERS = {  # of the published checkpoints
     "llama-7b": 6_738_415_616,
     "vicuna-7b": 6_738_415_616,
     "llava-1.5-7b": 7_063_427_072,
+    # CLIP ViT-L/14's tower (303,179,776), LLaMA-7B with three more tokens, and what LaVIN trains (tests/test_lavin.py)
+    "lavin-7b": 303_179_776 + 6_738_415_616 + 3 * 2 * 4096 + 1_159_536,
     "qwen2.5-vl-7b": 8_292_166_656,
 }
 

@@ -22,15 +22,16 @@ LLAMA_7B = {
     "rms_norm_eps": 1e-6,
 }
 VICUNA_7B = LLAMA_7B | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}  # v1.5, tuned from Llama 2
-CLIP_LARGE_336 = {
+CLIP_LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
-    "image_size": 336,
+    "image_size": 224,
     "patch_size": 14,
     "projection_dim": 768,
 }
+CLIP_LARGE_336 = CLIP_LARGE | {"image_size": 336}
 
 
 def _llama_7b() -> Any:
@@ -57,6 +58,21 @@ def _llava_7b() -> Any:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
+        dtype="float16",
+    )
+
+
+def _lavin_7b() -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    from .lavin import LavinConfig
+
+    text = LLAMA_7B | {"vocab_size": 32003}  # an image, a modality and a padding token
+    return LavinConfig(
+        vision_config=CLIPVisionConfig(**CLIP_LARGE),
+        text_config=LlamaConfig(**text),
+        image_token_id=32000,
+        modality_token_id=32001,
         dtype="float16",
     )
 
@@ -94,12 +110,13 @@ PAPER_SIZES: dict[str, Callable[[], Any]] = {
     "llama-7b": _llama_7b,
     "vicuna-7b": _vicuna_7b,
     "llava-1.5-7b": _llava_7b,
+    "lavin-7b": _lavin_7b,
     "qwen2.5-vl-7b": _qwen_7b,
 }
 
 
 def paper_config(name: str) -> Any:
-    """A new transformers config: "llama-7b", "vicuna-7b" (v1.5), "llava-1.5-7b" or "qwen2.5-vl-7b".
+    """A new transformers config: "llama-7b", "vicuna-7b" (v1.5), "llava-1.5-7b", "lavin-7b" or "qwen2.5-vl-7b".
 
     For `eas_kit.describe`, `eas_kit.measure` and `eas_kit.estimate_memory`, which need no weights. Raises ConfigError
     for another name.
