@@ -161,8 +161,10 @@ def check_foldable(net: EASModel) -> None:
 
 
 def check_attentions_only(net: EASModel) -> None:
-    """MergeError if the mask holds a feed-forward."""
+    """MergeError if the mask holds a feed-forward, or if no adapter of this model can be folded."""
     for site in net.sites:
+        if site.unmergeable:
+            raise MergeError(f"cannot merge: site {site.index} ({site.path}): {site.unmergeable}")
         if site.kind == "ffn" and site.index in net.mask:
             raise MergeError(
                 f"cannot merge: site {site.index} ({site.path}) is a skipped feed-forward, which leaves no linear to"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from .errors import ConfigError, MergeError, PromptError
 from .pia import PIA, Route
 from .prompt import PromptState, find_cache, kept_state, skipped_state
-from .sites import find_sites, unwrap
+from .sites import Site, find_sites, unwrap
 
 
 class StandIn(nn.Module):
@@ -108,6 +109,14 @@ class NoFeedForward(StandIn):
         return (nothing, None) if self.returns_tuple else nothing
 
 
+@singledispatch
+def nothing_there(site: Site, original: nn.Module) -> StandIn:
+    """What stands in for `original` where a site is skipped and no adapter takes its place; by the site's class."""
+    if site.kind == "mha":
+        return NoAttention(original, site.layer_idx)
+    return NoFeedForward(original, site.returns_tuple)
+
+
 @contextmanager
 def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ()) -> Iterator[nn.Module]:
     """Within the block, the attentions `mha` and the feed-forwards `ffn` add nothing; each kind is numbered by itself.
@@ -128,11 +137,7 @@ def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ())
                 original = getattr(layer, site.slot)
                 if isinstance(original, StandIn):
                     raise ConfigError(f"{site.path} is skipped already; set net.mask = () or leave the other block")
-                if kind == "mha":
-                    stand_in = NoAttention(original, site.layer_idx)
-                else:
-                    stand_in = NoFeedForward(original, site.returns_tuple)
-                place(layer, site.slot, stand_in)
+                place(layer, site.slot, nothing_there(site, original))
                 placed.append((layer, site.slot))
         yield model
     finally:
