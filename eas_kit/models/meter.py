@@ -197,16 +197,29 @@ class Meter(PreTrainedModel):
         tokens = self.vision(pixel_values=pixel_values).last_hidden_state
         return self.image_transform(self.vision.post_layernorm(tokens))
 
-    def fuse(self, text: Tensor, image: Tensor, attention_mask: Tensor | None, image_type: int = 1) -> Tensor:
-        """(B, 2 d): both poolers, from what `encode_text` and `encode_image` return."""
+    def streams(
+        self, text: Tensor, image: Tensor, attention_mask: Tensor | None, image_type: int | Tensor = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams behind the last fusion layer, (B, S, d) and (B, T, d), from what the encoders return.
+
+        `image_type`: 1, for the second picture of NLVR2 2; or one a row, (B, 1).
+        """
         text, image = text + self.token_type.weight[0], image + self.token_type.weight[image_type]
         masks = {"config": self.config.cross_modal_config, "attention_mask": attention_mask}
         over_text = create_bidirectional_mask(inputs_embeds=text, **masks)
         from_image = create_bidirectional_mask(inputs_embeds=image, encoder_hidden_states=text, **masks)
         for text_layer, image_layer in zip(self.text_layers, self.image_layers, strict=True):
             text, image = text_layer(text, over_text, image, None), image_layer(image, None, text, from_image)
+        return text, image
+
+    def pool(self, text: Tensor, image: Tensor) -> Tensor:
+        """(B, 2 d): the tanh poolers of both streams, on their first tokens."""
         pooled = (self.text_pooler(text[:, 0]), self.image_pooler(image[:, 0]))
         return torch.cat([torch.tanh(one) for one in pooled], dim=-1)
+
+    def fuse(self, text: Tensor, image: Tensor, attention_mask: Tensor | None, image_type: int = 1) -> Tensor:
+        """(B, 2 d): the poolers, from what `encode_text` and `encode_image` return."""
+        return self.pool(*self.streams(text, image, attention_mask, image_type))
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Tensor:
         """What the head reads: (B, 2 d), for NLVR2 (B, 4 d), with N texts an image (B N, 2 d)."""

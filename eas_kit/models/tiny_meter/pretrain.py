@@ -1,0 +1,188 @@
+"""Pretraining of `tiny-meter`, from nothing to a folder that ``eas.load_model("tiny-meter")`` reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eas_kit.errors import TrainingError
+from eas_kit.models.meter import Meter, make_head
+from eas_kit.models.tiny.pretrain import parameter_groups
+from eas_kit.models.tiny_meter.architecture import LABELS, WIDTH, make_model, make_processor
+from eas_kit.models.tiny_meter.corpus import IGNORED, Corpus, Rows, labelled_patches
+
+HEADS_FILE = "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
+
+    vision_steps: int = 300  # of the vision tower alone, 32 boards each
+    seeing_steps: int = 600  # on boards that are spelt out, and a few questions
+    steps: int = 3000  # in all
+    seeing: tuple[int, int, int, int] = (48, 16, 0, 0)  # examples a step: mlm, vqa, nlvr2, retrieval
+    mixture: tuple[int, int, int, int] = (8, 32, 20, 24)
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_share: float = 0.03  # of the learning rate, at the end of the cosine
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def counts(self, step: int) -> dict[str, int]:
+        """Examples of each objective in a step."""
+        return dict(zip(("mlm", *LABELS), self.seeing if step < self.seeing_steps else self.mixture, strict=True))
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate: linear warm-up, then a cosine down to `final_share`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        return self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Pretraining(nn.Module):
+    """The model with a head for every task beside the one it has, and one that names masked digits."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.model = make_model("nlvr2", seed)  # the task with the most token types
+        width = WIDTH
+        heads = {task: make_head(task, width, len(LABELS[task])) for task in LABELS if task != "nlvr2"}
+        self.heads = nn.ModuleDict(heads | {"mlm": nn.Linear(width, self.model.config.text_config.vocab_size)})
+        self.heads.apply(self.model._init_weights)
+        self.heads["nlvr2"] = self.model.head
+
+    def forward(self, rows: Rows) -> tuple[Tensor, dict[str, float]]:
+        """The sum of the objectives' mean losses, and the share of right answers of each."""
+        model = self.model
+        text = model.encode_text(rows.input_ids, rows.attention_mask)
+        image = model.encode_image(rows.pixel_values)
+        text, image = model.streams(text, image, rows.attention_mask, rows.image_type)
+        pooled = model.pool(text, image)
+        total, right = text.new_zeros(()), {}
+        for name, part in rows.parts.items():
+            labels = rows.labels[name]
+            if name == "mlm":
+                logits, labels = self.heads["mlm"](text[part]).flatten(0, 1), labels.flatten()
+                loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
+                seen = labels != IGNORED
+                right[name] = (logits.argmax(-1) == labels)[seen].float().mean().item()
+            else:
+                features = pooled[part]
+                if name == "nlvr2":
+                    features = torch.cat(features.chunk(2), dim=-1)
+                logits = self.heads[name](features)
+                if name == "retrieval":
+                    loss = F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+                    right[name] = ((logits[:, 0] > 0) == labels.bool()).float().mean().item()
+                else:
+                    loss = F.cross_entropy(logits, labels)
+                    right[name] = (logits.argmax(-1) == labels).float().mean().item()
+            total = total + loss
+        return total, right
+
+
+def pretrain_vision(model: Meter, recipe: Recipe) -> float:
+    """Teach the vision tower to tell digits apart, patch by patch, with a linear head that is then thrown away."""
+    head = nn.Linear(model.config.vision_config.hidden_size, 11)
+    tower = model.vision
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3)
+    right = 0.0
+    for step in range(recipe.vision_steps):
+        images, labels = labelled_patches(step, 32, recipe.seed)
+        logits = head(tower.post_layernorm(tower(pixel_values=images).last_hidden_state[:, 1:]))  # (32, 9, 11)
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        right = (logits.argmax(-1) == labels).float().mean().item()
+    model.zero_grad(set_to_none=True)
+    return right
+
+
+def pretrain(out: Path, recipe: Recipe, resume: bool = False, checkpoint_every: int = 200) -> Path:
+    """Train from scratch, or go on from ``out/checkpoint.pt``; returns the folder with the 16-bit weights.
+
+    Raises TrainingError where the loss is not finite, or a checkpoint of another recipe lies in ``out``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    processor = make_processor()
+    corpus, net = Corpus(processor, recipe.seed), Pretraining(recipe.seed)
+    net.train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(net, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
+    made_by = json.loads(json.dumps(asdict(recipe)))
+    start, seen = 0, {}
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["recipe"] != made_by:
+            raise TrainingError(
+                f"{checkpoint} was made with another recipe ({state['recipe']}); use its settings or an empty --out"
+            )
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        start = state["step"]
+    else:
+        log.unlink(missing_ok=True)
+        right = pretrain_vision(net.model, recipe)
+        print(f"vision tower: {right:.1%} of patches right after {recipe.vision_steps} steps", flush=True)
+    began = time.process_time()
+    for step in range(start, recipe.steps):
+        loss, right = net(corpus.batch(step, recipe.counts(step)))
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()} at step {step}; the last checkpoint is {checkpoint}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        for name, share in right.items():
+            seen[name] = share if name not in seen else 0.97 * seen[name] + 0.03 * share
+        if (step + 1) % 50 == 0:
+            minutes = (time.process_time() - began) / 60
+            shares = {name: round(share, 3) for name, share in seen.items()}
+            print(f"step {step + 1}/{recipe.steps}  {minutes:.1f} min  {shares}", flush=True)
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "cpu_minutes": round(minutes, 2), "right": shares}) + "\n")
+        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
+            state = {"recipe": made_by, "step": step + 1, "net": net.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            torch.save(state, checkpoint.with_suffix(".new"))
+            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+    return save(net, processor, out / "weights", recipe)
+
+
+def save(net: Pretraining, processor, folder: Path, recipe: Recipe) -> Path:
+    """Write bfloat16 weights, heads, configuration, processor and recipe; an older ``folder`` is replaced whole."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    net.model.to(torch.bfloat16).save_pretrained(new)
+    processor.save_pretrained(new)
+    heads = {
+        f"{task}.{name}": value.to(torch.bfloat16).contiguous()
+        for task in LABELS
+        for name, value in net.heads[task].state_dict().items()
+    }
+    save_file(heads, new / HEADS_FILE, metadata={"format": "pt"})
+    (new / "recipe.json").write_text(
+        json.dumps({"recipe": asdict(recipe), "torch": torch.__version__}, indent=1) + "\n"
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+    return folder
