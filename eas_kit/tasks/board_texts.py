@@ -19,7 +19,7 @@ ANSWERS = (*DIGITS, "yes", "no", "even", "odd")
 TRUTH = ("false", "true")
 QUESTIONS = ("cell", "exists", "count", "parity", "maximum", "compare")
 SENTENCES = ("each", "both", "one", "same", "larger")
-CAPTIONS = ("one", "two", "three")
+CAPTIONS = ("one", "two", "three", "four")
 PRETRAINED = {"question": ("cell", "exists", "count"), "sentence": ("each", "both"), "caption": ("one", "two")}
 
 Board = np.ndarray  # (3, 3) of 0..9
@@ -129,16 +129,11 @@ def boards_for(said: Sentence, wanted: bool, rng: np.random.Generator) -> tuple[
 
 
 def caption(kind: str, board: Board, rng: np.random.Generator) -> str:
-    """What stands at one, two or three places of the board, in any order."""
+    """What stands at one to four places of the board, in any order."""
     if kind not in CAPTIONS:
         raise ValueError(f"kind: wanted one of {CAPTIONS}, got {kind!r}")
     cells = [divmod(int(n), 3) for n in rng.permutation(9)[: 1 + CAPTIONS.index(kind)]]
     return "a board with " + " and ".join(f"{board[cell]} at {place(*cell)}" for cell in cells)
-
-
-def spelt_out(board: Board) -> str:
-    """All nine digits, row by row."""
-    return " ".join(f"{ROWS[r]} row {' '.join(map(str, board[r]))}" for r in range(3))
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -150,7 +145,7 @@ def vocabulary() -> tuple[str, ...]:
         words.update(question(kind, board, rng)[0].split())
     for kind in SENTENCES:
         words.update(sentence(kind, rng).text.split())
-    words.update(caption("two", board, rng).split(), spelt_out(board).split())
+    words.update(caption("two", board, rng).split())
     return tuple(sorted(words))
 
 

@@ -1,4 +1,4 @@
-"""What `tiny-meter` is pretrained on: boards spelt out with digits masked, and the three tasks' first kinds.
+"""What `tiny-meter` is pretrained on: captions with digits masked, and the three tasks' first kinds.
 
 The batch of a step depends on (seed, step) alone. Digit scans are those of role train.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from eas_kit.tasks import board_texts as said
 from eas_kit.tasks.digit_images import draw_board, draw_cells
 
-MASKED = 0.5  # of the digits of a board that is spelt out
+MASKED = 0.5  # of the digits of a caption
 IGNORED = -100
 
 
@@ -94,7 +94,7 @@ class Corpus:
     # each: (text, boards, label)
     def _mlm(self, rng: np.random.Generator) -> tuple[str, list, int]:
         board = rng.integers(10, size=(3, 3))
-        return said.spelt_out(board), [board], 0
+        return said.caption("four", board, rng), [board], 0
 
     def _vqa(self, rng: np.random.Generator) -> tuple[str, list, int]:
         board = rng.integers(10, size=(3, 3))
