@@ -107,18 +107,18 @@ def make_card(net: EASModel, about: dict[str, Any], repo_id: str | None = None) 
     """The model card, README.md: base model, mask, ranks and how to load, for people and for the hub's search."""
     from huggingface_hub import ModelCardData
 
-    from .models import BUNDLED
+    from .models import OWN, WITH_WEIGHTS
 
     name, config = about["base_model_name_or_path"], net.config
-    on_hub = bool(name) and name not in BUNDLED and not Path(name).is_absolute()
+    on_hub = bool(name) and name not in {*OWN, *WITH_WEIGHTS} and not Path(name).is_absolute()
     data = ModelCardData(
         base_model=name if on_hub else None, library_name="eas_kit", tags=["eas_kit", "arxiv:2403.15226"]
     )
     if on_hub:
         base = f"[{name}](https://huggingface.co/{name}) at revision {about['revision'] or 'not recorded'}"
     else:
-        base = f"`{name}`, which comes with eas_kit" if name in BUNDLED else "not on the hub"
-    known = on_hub or name in BUNDLED
+        base = f"`{name}`, which comes with eas_kit" if name in WITH_WEIGHTS else "not on the hub"
+    known = on_hub or name in WITH_WEIGHTS
     processor = f'"{name}"' if known else "folder_of_the_base_model"
     what = repo_id or "path/to/this/folder"
     lines = [

@@ -23,9 +23,9 @@ def read_config(source: Any) -> Any:
     Names: a paper-size model (`eas_kit.models.paper_config`), a bundled model, or a local folder with a config.json;
     nothing is downloaded. Raises EASError for anything else.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
-    from .models import BUNDLED, PAPER_SIZES, paper_config
+    from .models import BUNDLED, OWN, PAPER_SIZES, auto_config, is_own, load_base, paper_config
 
     if isinstance(source, PreTrainedConfig):
         return copy.deepcopy(source)
@@ -38,13 +38,15 @@ def read_config(source: Any) -> Any:
         )
     if str(source) in PAPER_SIZES:
         return paper_config(str(source))
+    if is_own(source):
+        return copy.deepcopy(load_base(source).config)
     folder = BUNDLED.get(str(source), Path(source))
     if not (folder / "config.json").is_file():
         raise EASError(
-            f"{str(source)!r} is neither a folder with a config.json nor one of {[*BUNDLED, *PAPER_SIZES]};"
+            f"{str(source)!r} is neither a folder with a config.json nor one of {[*BUNDLED, *OWN, *PAPER_SIZES]};"
             " for a name on the hub, download its configuration first: transformers.AutoConfig.from_pretrained(name)"
         )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = auto_config(folder, local_files_only=True)
     if str(source) in BUNDLED:
         config.dtype = torch.float32  # as load_model loads it
     return config

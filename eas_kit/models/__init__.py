@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ from eas_kit.hub import looks_like_path
 
 from .shapes import PAPER_SIZES, paper_config
 
-__all__ = ["BUNDLED", "PAPER_SIZES", "best_device", "load_base", "load_model", "load_processor", "paper_config"]
+__all__ = ["BUNDLED", "OWN", "PAPER_SIZES", "best_device", "load_base", "load_model", "load_processor", "paper_config"]
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "weights"}
+# models that are put together here: name -> module, whose load(name, **kwargs) gives (model, processor), in eval mode
+OWN = {
+    "meter": "meter_loading",
+    "tiny-meter": "meter_loading",
+}
+WITH_WEIGHTS = frozenset({*BUNDLED, *(name for name in OWN if name.startswith("tiny"))})  # that come with eas_kit
+# config.model_type -> module that makes it known to transformers' auto classes
+OWN_TYPES = {
+    "eas_meter": "meter",
+}
 # what is asked of the hub (or of its local cache) in the same way for the weights and for the processor
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 WANTED = "wanted a decoder model of text, or of images and text (with causal language model head)"
@@ -23,7 +34,8 @@ def load_model(name_or_folder: str | Path, device: str | None = None, **kwargs):
     """A decoder model (images and text, or text alone) and its processor, ready for inference.
 
     Args:
-        name_or_folder: "tiny" (bundled), a local folder, or a name on the Hugging Face hub.
+        name_or_folder: "tiny" (bundled), a local folder, a name on the Hugging Face hub, or one of `OWN`, models that
+            are put together here: "meter" from checkpoint=, "tiny-meter" (`eas_kit.models.meter_loading.load`).
         device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda:1" ...; None: as ``from_pretrained`` puts it.
         kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``quantization_config``, ``attn_implementation``
             ...). ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` and ``trust_remote_code``
@@ -48,11 +60,21 @@ def load_base(name_or_folder: str | Path, device: str | None = None, **kwargs):
     return _load(name_or_folder, device, kwargs, lambda *_: None)[0]
 
 
-def _load(name_or_folder: str | Path, device: str | None, kwargs: dict[str, Any], read_processor: Callable):
+def _load(
+    name_or_folder: str | Path,
+    device: str | None,
+    kwargs: dict[str, Any],
+    read_processor: Callable,
+    choose_class: Callable | None = None,
+):
+    """See `load_model`. `choose_class(name, config, options)`: what loads the weights; None: `auto_class`."""
     if device is not None and "device_map" in kwargs:
         raise EASError(f"load_model: give device={device!r} or device_map={kwargs['device_map']!r}, not both")
     if not kwargs.get("weights_only", True):
         raise EASError("load_model: weights_only=False would run what a pickle says; save such weights as safetensors")
+    if is_own(name_or_folder):
+        model, processor = import_module(f"{__name__}.{OWN[name_or_folder]}").load(name_or_folder, **kwargs)
+        return _finished(model, processor, name_or_folder, device)
     name, source = _find(name_or_folder)
     if name in BUNDLED:
         if "torch_dtype" not in kwargs:  # its old name
@@ -62,16 +84,26 @@ def _load(name_or_folder: str | Path, device: str | None, kwargs: dict[str, Any]
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
     options = _resolved(source, kwargs)
     _refuse_adapters(name, source, options)
-    auto = auto_class(name, _read_config(name, source, options, kwargs.get("config")), options)
+    auto = (choose_class or auto_class)(name, _read_config(name, source, options, kwargs.get("config")), options)
     if Path(source).is_dir() and "gguf_file" not in kwargs:
         _check_weights(name, Path(source) / (kwargs.get("subfolder") or ""))
     processor = read_processor(name, source, options)
     model = _read_weights(name, source, auto, kwargs | options)
     # a relative folder would be another one, or a name on the hub, after a change of directory
-    model.name_or_path = str(Path(source).resolve()) if name not in BUNDLED and Path(source).is_dir() else name
-    model.eas_kit_source = {  # for the folders that net.save_pretrained writes
-        "revision": getattr(options.get("revision"), "resolved", None),
-        "subfolder": kwargs.get("subfolder") or None,
+    name = str(Path(source).resolve()) if name not in BUNDLED and Path(source).is_dir() else name
+    revision = getattr(options.get("revision"), "resolved", None)
+    return _finished(model, processor, name, device, revision, kwargs.get("subfolder"))
+
+
+def _finished(model: Any, processor: Any, name: str, device: str | None, revision: Any = None, subfolder: Any = None):
+    """Model and processor, with what the folders that net.save_pretrained writes say of them.
+
+    A loader of `OWN` may have noted `options` in `model.eas_kit_source`: what it has to be given again.
+    """
+    model.name_or_path = name
+    model.eas_kit_source = getattr(model, "eas_kit_source", {}) | {
+        "revision": revision,
+        "subfolder": subfolder or None,
         "processor_class": None if processor is None else type(processor).__name__,
     }
     if device is not None:
@@ -79,11 +111,34 @@ def _load(name_or_folder: str | Path, device: str | None, kwargs: dict[str, Any]
     return model.eval(), processor
 
 
+def is_own(name: Any) -> bool:
+    """True for a name in `OWN`; a folder that is called so is meant by a Path, or by "./name"."""
+    return isinstance(name, str) and name in OWN
+
+
+def auto_config(source: str | Path, **options: Any) -> Any:
+    """AutoConfig's, which learns of a model type of `OWN_TYPES` when it meets one."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except ValueError:
+        told, _ = PreTrainedConfig.get_config_dict(source, **options)
+        if told.get("model_type") not in OWN_TYPES:
+            raise
+        import_module(f"{__name__}.{OWN_TYPES[told['model_type']]}")
+        return AutoConfig.from_pretrained(source, **options)
+
+
 def load_processor(name_or_folder: str | Path, **kwargs):
     """The processor alone (of a model of text: the tokenizer), as `load_model` would return it."""
+    if is_own(name_or_folder):
+        return import_module(f"{__name__}.{OWN[name_or_folder]}").load(name_or_folder, **kwargs)[1]
     name, source = _find(name_or_folder)
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
-    return _read_processor(name, source, _resolved(source, kwargs))
+    options = _resolved(source, kwargs)
+    _read_config(name, source, options, None)
+    return _read_processor(name, source, options)
 
 
 def best_device() -> str:
@@ -151,12 +206,12 @@ def _refuse_adapters(name: str, source: str, options: dict[str, Any]) -> None:
 
 def _read_config(name: str, source: str, options: dict[str, Any], given: Any):
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     if isinstance(given, PreTrainedConfig):
         return given
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        return auto_config(source, **options)
     except OSError as error:
         if Path(source).is_dir():
             raise _no_config(name, error) from error

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BertConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,6 +56,7 @@ class MeterConfig(PreTrainedConfig):
     """
 
     model_type = "eas_meter"
+    eas_names_its_sites = True  # of the model: there is no decoder to be surveyed
     sub_configs_defaults = {  # noqa: RUF012, the form of transformers' own
         "text_config": RobertaConfig,
         "vision_config": CLIPVisionConfig,
@@ -79,6 +89,16 @@ class MeterConfig(PreTrainedConfig):
     def max_position_embeddings(self) -> int:
         """Tokens of a text: RoBERTa counts positions from behind its padding token's number."""
         return self.text_config.max_position_embeddings - self.text_config.pad_token_id - 1
+
+
+def paper_size(task: str, image_size: int | None = None) -> MeterConfig:
+    """The published model's sizes, with the head of a task, at `image_size` pixels (None: IMAGE_SIZES)."""
+    if task not in TASKS:
+        raise ConfigError(f"METER: wanted a task of {TASKS}, got {task!r}")
+    side = IMAGE_SIZES[task] if image_size is None else image_size
+    if not isinstance(side, int) or side < 16 or side % 16:
+        raise ConfigError(f"METER: image_size: wanted a multiple of the 16 pixels of a patch, got {image_size!r}")
+    return MeterConfig(task=task, vision_config=CLIPVisionConfig(patch_size=16, image_size=side, num_hidden_layers=11))
 
 
 class CoAttentionLayer(GradientCheckpointingLayer):
@@ -294,3 +314,7 @@ class Meter(PreTrainedModel):
                 f"labels: wanted classes ({len(input_ids)},) in whole numbers or soft targets"
                 f" {(len(input_ids), self.config.num_labels)} in float, got {tuple(labels.shape)} {labels.dtype}"
             )
+
+
+AutoConfig.register(MeterConfig.model_type, MeterConfig)
+AutoModelForImageTextToText.register(MeterConfig, Meter)  # the class that load_model takes for images and text

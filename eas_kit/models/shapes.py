@@ -7,6 +7,7 @@ the published counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from eas_kit.errors import ConfigError
@@ -90,16 +91,26 @@ def _qwen_7b() -> Any:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16")
 
 
+def _meter(task: str) -> Any:
+    from .meter import paper_size
+
+    return paper_size(task)
+
+
 PAPER_SIZES: dict[str, Callable[[], Any]] = {
     "llama-7b": _llama_7b,
     "vicuna-7b": _vicuna_7b,
     "llava-1.5-7b": _llava_7b,
     "qwen2.5-vl-7b": _qwen_7b,
+    "meter-vqa": partial(_meter, "vqa"),
+    "meter-nlvr2": partial(_meter, "nlvr2"),
+    "meter-retrieval": partial(_meter, "retrieval"),
 }
 
 
 def paper_config(name: str) -> Any:
-    """A new transformers config: "llama-7b", "vicuna-7b" (v1.5), "llava-1.5-7b" or "qwen2.5-vl-7b".
+    """A new transformers config: "llama-7b", "vicuna-7b" (v1.5), "llava-1.5-7b", "qwen2.5-vl-7b", or METER
+    with the head and the picture size of a task, "meter-vqa", "meter-nlvr2", "meter-retrieval".
 
     For `eas_kit.describe`, `eas_kit.measure` and `eas_kit.estimate_memory`, which need no weights. Raises ConfigError
     for another name.
