@@ -128,8 +128,9 @@ def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ())
     placed: list[tuple[nn.Module, str]] = []
     try:
         for kind, wanted in (("mha", mha), ("ffn", ffn)):
-            sites = find_sites(plain, (kind,))
-            for number in dict.fromkeys(int(site) for site in wanted):
+            wanted = dict.fromkeys(int(site) for site in wanted)
+            sites = find_sites(plain, (kind,)) if wanted else []
+            for number in wanted:
                 if not 0 <= number < len(sites):
                     raise ConfigError(f"skipping {kind} {number}: the model's are 0 to {len(sites) - 1}")
                 site = sites[number]

@@ -153,6 +153,8 @@ class Meter(PreTrainedModel):
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)
         fusion, width = config.cross_modal_config, config.cross_modal_config.hidden_size
+        if fusion._attn_implementation is None:  # no model of its own sets it, and without it masks are left out
+            fusion._attn_implementation = config._attn_implementation
         self.text = RobertaModel(config.text_config, add_pooling_layer=False)
         self.vision = CLIPVisionModel(config.vision_config)
         self.text_transform = nn.Linear(config.text_config.hidden_size, width)

@@ -192,7 +192,8 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
         )
     if own == side:
         return positions
-    grid = positions[1:].float().view(1, own, own, -1).permute(0, 3, 1, 2)
+    wide = positions[1:].to(torch.promote_types(positions.dtype, torch.float32))
+    grid = wide.view(1, own, own, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:1], grid.flatten(2)[0].T.to(positions.dtype)])
 

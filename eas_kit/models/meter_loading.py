@@ -66,14 +66,14 @@ def _tiny(task: str, dtype: Any = None, attn_implementation: str = "eager") -> t
             f"the weights of the bundled model 'tiny-meter' ({', '.join(missing)}) are not in {TINY}: reinstall"
             " eas_kit, or make them with `python -m eas_kit.models.tiny_meter --out DIR` and move DIR/weights there"
         )
-    model = Meter._from_config(make_config(task), attn_implementation=attn_implementation)
+    model = _cast(Meter._from_config(make_config(task), attn_implementation=attn_implementation), dtype)
     state, heads = load_file(TINY / "model.safetensors"), load_file(TINY / HEADS_FILE)
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
     state |= {f"head.{key.removeprefix(task + '.')}": v for key, v in heads.items() if key.startswith(f"{task}.")}
     if task != "nlvr2":
         state["token_type.weight"] = state["token_type.weight"][:2]
     model.load_state_dict(state)
-    return _finished(model, dtype, {"task": task}), AutoProcessor.from_pretrained(TINY, local_files_only=True)
+    return _finished(model, {"task": task}), AutoProcessor.from_pretrained(TINY, local_files_only=True)
 
 
 def _published(
@@ -101,7 +101,7 @@ def _published(
     _set_answers(config, task, answers)
     state = read_state(checkpoint)
     processor = CLIPProcessor(_pictures(config.vision_config.image_size), _tokenizer(tokenizer, hub))
-    model = Meter._from_config(config, attn_implementation=attn_implementation)
+    model = _cast(Meter._from_config(config, attn_implementation=attn_implementation), dtype)
     model.checkpoint_report = report = fill(model, state)
     if report.unexpected:
         warnings.warn(
@@ -112,7 +112,7 @@ def _published(
     options = {"task": task, "checkpoint": str(Path(checkpoint).expanduser().resolve())}
     options |= {"image_size": config.vision_config.image_size, "tokenizer": str(tokenizer)}
     options |= {"answers": config.num_labels} if task == "vqa" else {}
-    return _finished(model, dtype, options), processor
+    return _finished(model, options), processor
 
 
 def _set_answers(config: MeterConfig, task: str, answers: int | Sequence[str] | None) -> None:
@@ -158,9 +158,14 @@ def _tokenizer(source: str | Path, hub: dict[str, Any]) -> Any:
         ) from error
 
 
-def _finished(model: Meter, dtype: Any, options: dict[str, Any]) -> Meter:
+def _cast(model: Meter, dtype: Any) -> Meter:
+    """The new model in its dtype, before weights go into it."""
     from eas_kit.meta import as_dtype
 
-    model.to(torch.float32 if dtype is None else as_dtype(dtype))
+    return model.to(torch.float32 if dtype is None else as_dtype(dtype))
+
+
+def _finished(model: Meter, options: dict[str, Any]) -> Meter:
+    """In eval mode, with what `load` has to be given again for the same model."""
     model.eas_kit_source = {"options": options}
     return model.eval()

@@ -149,10 +149,17 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
+def _parts(text: str) -> list[tuple[int, tuple[int, int]]]:
+    """(digit, cell) of each part of a caption."""
+    parts = (part.split() for part in text.removeprefix("a board with ").split(" and "))
+    return [(int(digit), (ROWS.index(row), COLUMNS.index(column))) for digit, _, row, column in parts]
+
+
 def describes(text: str, board: Board) -> bool:
     """Whether a caption is true of a board."""
-    for part in text.removeprefix("a board with ").split(" and "):
-        digit, _, row, column = part.split()
-        if board[ROWS.index(row), COLUMNS.index(column)] != int(digit):
-            return False
-    return True
+    return all(board[cell] == digit for digit, cell in _parts(text))
+
+
+def places_in(text: str) -> list[int]:
+    """The places that a caption names, 0 to 8, row by row."""
+    return [3 * row + column for _, (row, column) in _parts(text)]

@@ -13,6 +13,7 @@ from eas_kit.tasks.board_texts import ANSWERS, TRUTH, vocabulary
 IMAGE_SIZE = 24  # pixels: 3 x 3 patches of 8
 PATCH_SIZE = 8
 WIDTH = 64
+INITIAL = 0.08  # BERT's 0.02 is for width 768; in proportion to width^-1/2, or the attentions start all but silent
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # as RoBERTa numbers them
 MAX_TOKENS = 48
 LABELS = {"vqa": ANSWERS, "nlvr2": TRUTH, "retrieval": ("match",)}
@@ -54,7 +55,7 @@ def make_processor() -> CLIPProcessor:
 def make_config(task: str) -> MeterConfig:
     """The small sizes, with the head of a task."""
     words, labels = len(SPECIAL) + len(vocabulary()), LABELS[task]
-    # not a number of it is learned by dropping: the boards are drawn anew at every step
+    # boards are drawn anew at every step, so nothing is to be gained by dropout
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
     return MeterConfig(
@@ -67,6 +68,7 @@ def make_config(task: str) -> MeterConfig:
             max_position_embeddings=MAX_TOKENS + 2,
             type_vocab_size=1,
             layer_norm_eps=1e-5,
+            initializer_range=INITIAL,  # of all that is not CLIP's
             **shape,
             **quiet,
         ),

@@ -82,6 +82,19 @@ class Corpus:
             labels["mlm"] = self._hide(ids, parts["mlm"], rng)
         return Rows(ids, encoded["attention_mask"], pixels(drawn), torch.tensor(types)[:, None], parts, labels)
 
+    def placed_words(self, step: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions, and for each of their digits (half of them masked) where it stands: ids, mask, labels (B, S)."""
+        rng = np.random.default_rng((self.seed, 2, step))
+        texts = [said.caption("four", rng.integers(10, size=(3, 3)), rng) for _ in range(rows)]
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
+        ids = encoded["input_ids"]
+        first, last = self.tokenizer.convert_tokens_to_ids(["0", "9"])
+        labels = torch.full_like(ids, IGNORED)
+        for row, text in zip(range(rows), texts, strict=True):
+            labels[row, (ids[row] >= first) & (ids[row] <= last)] = torch.tensor(said.places_in(text))
+        self._hide(ids, slice(0, rows), rng)
+        return ids, encoded["attention_mask"], labels
+
     def _hide(self, ids: Tensor, rows: slice, rng: np.random.Generator) -> Tensor:
         """Masks some of the digits in these rows of ids (B, S), in place; returns what they were, (b, S)."""
         own = ids[rows]

@@ -21,6 +21,7 @@ from eas_kit.models.tiny.pretrain import parameter_groups
 from eas_kit.models.tiny_meter.architecture import LABELS, WIDTH, make_model, make_processor
 from eas_kit.models.tiny_meter.corpus import IGNORED, Corpus, Rows, labelled_patches
 
+TOWER_ROWS = 32
 HEADS_FILE = "heads.safetensors"
 
 
@@ -28,11 +29,11 @@ HEADS_FILE = "heads.safetensors"
 class Recipe:
     """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
 
-    vision_steps: int = 300  # of the vision tower alone, 32 boards each
-    seeing_steps: int = 600  # on captions with masked digits, and a few questions
-    steps: int = 3000  # in all
+    tower_steps: int = 300  # of each tower by itself, on 32 boards and 32 captions
+    seeing_steps: int = 300  # on captions with masked digits, and a few questions
+    steps: int = 1800  # in all
     seeing: tuple[int, int, int, int] = (48, 16, 0, 0)  # examples a step: mlm, vqa, nlvr2, retrieval
-    mixture: tuple[int, int, int, int] = (8, 32, 20, 24)
+    mixture: tuple[int, int, int, int] = (0, 40, 20, 28)
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_share: float = 0.03  # of the learning rate, at the end of the cosine
@@ -95,26 +96,34 @@ class Pretraining(nn.Module):
         return total, right
 
 
-def pretrain_vision(model: Meter, recipe: Recipe) -> float:
-    """Teach the vision tower what is in each patch and where the patch is, with linear heads that are thrown away.
+def pretrain_towers(model: Meter, corpus: Corpus, recipe: Recipe) -> tuple[float, float]:
+    """Each tower by itself, as RoBERTa and CLIP are pretrained before METER: what is where.
 
-    Without the second the tower kept next to nothing of the places, and the whole model knew after 600 steps which
-    digits a board has but not where. Returns the share of patches of the last batch whose digit was right.
+    Linear heads, thrown away after, name the digit of each patch, and the place of each patch and of each digit in a
+    caption: the same head for both, so that pictures and texts speak of places alike when they meet. Without it the
+    model knew after 600 steps which digits a board has, and not where. Returns the shares of the last batch's
+    patches and words that were right.
     """
-    width = model.config.vision_config.hidden_size
-    head, where, places = nn.Linear(width, 11), nn.Linear(width, 9), torch.arange(9).repeat(32)
-    tower = model.vision
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters(), *where.parameters()], lr=2e-3)
-    right = 0.0
-    for step in range(recipe.vision_steps):
-        images, labels = labelled_patches(step, 32, recipe.seed)
-        tokens = tower.post_layernorm(tower(pixel_values=images).last_hidden_state[:, 1:])  # (32, 9, d)
-        logits = head(tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        (loss + F.cross_entropy(where(tokens).flatten(0, 1), places)).backward()
+    digits, places = nn.Linear(WIDTH, 11), nn.Linear(WIDTH, 9)
+    grid = torch.arange(9).repeat(TOWER_ROWS)
+    owners = (model.vision, model.image_transform, model.text, model.text_transform, digits, places)
+    optimizer = torch.optim.AdamW([p for owner in owners for p in owner.parameters()], lr=2e-3)
+    right = (0.0, 0.0)
+    for step in range(recipe.tower_steps):
+        images, labels = labelled_patches(step, TOWER_ROWS, recipe.seed)
+        ids, mask, where = corpus.placed_words(step, TOWER_ROWS)
+        patches = model.encode_image(images)[:, 1:].flatten(0, 1)  # (rows * 9, d)
+        words = model.encode_text(ids, mask).flatten(0, 1)
+        named, placed = digits(patches), places(words)
+        loss = F.cross_entropy(named, labels.flatten()) + F.cross_entropy(places(patches), grid)
+        (loss + F.cross_entropy(placed, where.flatten(), ignore_index=IGNORED)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        right = (logits.argmax(-1) == labels).float().mean().item()
+        said = where.flatten() != IGNORED
+        right = (
+            (named.argmax(-1) == labels.flatten()).float().mean().item(),
+            (placed.argmax(-1) == where.flatten())[said].float().mean().item(),
+        )
     model.zero_grad(set_to_none=True)
     return right
 
@@ -134,7 +143,8 @@ def pretrain(out: Path, recipe: Recipe, resume: bool = False, checkpoint_every: 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     made_by = json.loads(json.dumps(asdict(recipe)))
-    start, seen = 0, {}
+    start, seen, logged = 0, {}, 0.0
+    began = time.process_time()  # a busy machine takes longer, and no more of its cores
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["recipe"] != made_by:
@@ -147,9 +157,8 @@ def pretrain(out: Path, recipe: Recipe, resume: bool = False, checkpoint_every: 
         start = state["step"]
     else:
         log.unlink(missing_ok=True)
-        right = pretrain_vision(net.model, recipe)
-        print(f"vision tower: {right:.1%} of patches right after {recipe.vision_steps} steps", flush=True)
-    began = time.process_time()
+        right = pretrain_towers(net.model, corpus, recipe)
+        print("towers: {:.1%} of digits, {:.1%} of places in texts right".format(*right), flush=True)
     for step in range(start, recipe.steps):
         loss, right = net(corpus.batch(step, recipe.counts(step)))
         if not torch.isfinite(loss):
@@ -166,16 +175,19 @@ def pretrain(out: Path, recipe: Recipe, resume: bool = False, checkpoint_every: 
             shares = {name: round(share, 3) for name, share in seen.items()}
             print(f"step {step + 1}/{recipe.steps}  {minutes:.1f} min  {shares}", flush=True)
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "cpu_minutes": round(minutes, 2), "right": shares}) + "\n")
+                record = {"step": step + 1, "cpu_minutes": round(minutes - logged, 2), "right": shares}
+                file.write(json.dumps(record) + "\n")
+            logged = minutes
         if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
             state = {"recipe": made_by, "step": step + 1, "net": net.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
             torch.save(state, checkpoint.with_suffix(".new"))
             os.replace(checkpoint.with_suffix(".new"), checkpoint)
-    return save(net, processor, out / "weights", recipe)
+    spent = sum(json.loads(line)["cpu_minutes"] for line in log.read_text().splitlines()) if log.exists() else 0.0
+    return save(net, processor, out / "weights", recipe, spent)
 
 
-def save(net: Pretraining, processor, folder: Path, recipe: Recipe) -> Path:
+def save(net: Pretraining, processor, folder: Path, recipe: Recipe, minutes: float = 0.0) -> Path:
     """Write bfloat16 weights, heads, configuration, processor and recipe; an older ``folder`` is replaced whole."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
