@@ -63,6 +63,15 @@ class PostNormSite:
 
     layer_idx = layer
 
+    @property
+    def names(self) -> Any:
+        """What asks a decoder layer for its parts cannot go on here: UnsupportedModelError says so."""
+        raise UnsupportedModelError(
+            f"{self.path} ({self.name}) is a post-norm attention, not a part of a decoder layer: there is no residual"
+            " stream beside its norm and no decoding. Of the training-free scores single_ablation works; for times,"
+            " time net(**batch)"
+        )
+
     def check_config(self, config: EASConfig) -> None:
         """ConfigError for settings that these sites do not have."""
         if config.adapt_rank:

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import eas_kit as eas
-from eas_kit.errors import ConfigError, DataError, TaskError
+from eas_kit import scorers
+from eas_kit.errors import ConfigError, DataError, TaskError, UnsupportedModelError
 from eas_kit.models.tiny_meter.architecture import make_model, make_processor
 from eas_kit.tasks import board_texts as said
 from eas_kit.tasks.base import ROLES, Example, Task
@@ -371,6 +372,16 @@ def test_nothing_skipped_trains_the_head_alone(processor):
     bare = eas.attach(make_model("vqa"), eas.EASConfig(skip_rank=4, adapt_rank=0, modules_to_save=()))
     with pytest.raises(eas.EASError, match=r"Nothing to train: with mask \[\] and adapt_rank 0 no adapter is at work"):
         eas.fit(bare, task, eas.TrainConfig(max_steps=1, batch_size=4, progress=False))
+
+
+def test_training_free_scores(processor):
+    task, model = load("vqa", processor), make_model("vqa").eval()
+    lost = scorers.single_ablation(model, task, limit=6)
+    assert lost.shape == (24,) and lost.unique().numel() > 1
+    with pytest.raises(
+        UnsupportedModelError, match=r"text_layers.0.attention \(text self 0\) is a post-norm attention"
+    ):
+        scorers.cosine_similarity(model, task, limit=6)
 
 
 def test_redundancy_probe(processor):

@@ -29,12 +29,12 @@ HEADS_FILE = "heads.safetensors"
 class Recipe:
     """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
 
-    tower_steps: int = 300  # of each tower by itself, on 32 boards and 32 captions
-    seeing_steps: int = 300  # on captions with masked digits, and a few questions
-    steps: int = 1800  # in all
-    seeing: tuple[int, int, int, int] = (48, 16, 0, 0)  # examples a step: mlm, vqa, nlvr2, retrieval
-    mixture: tuple[int, int, int, int] = (0, 40, 20, 28)
-    learning_rate: float = 1e-3
+    tower_steps: int = 150  # of each tower by itself, on 32 boards and 32 captions
+    seeing_steps: int = 250  # on captions with masked digits, and a few questions
+    steps: int = 1000  # in all
+    seeing: tuple[int, int, int, int] = (32, 16, 0, 0)  # examples a step: mlm, vqa, nlvr2, retrieval
+    mixture: tuple[int, int, int, int] = (0, 24, 12, 16)
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     final_share: float = 0.03  # of the learning rate, at the end of the cosine
     weight_decay: float = 0.05
@@ -138,7 +138,7 @@ def pretrain(out: Path, recipe: Recipe, resume: bool = False, checkpoint_every: 
     corpus, net = Corpus(processor, recipe.seed), Pretraining(recipe.seed)
     net.train()
     optimizer = torch.optim.AdamW(
-        parameter_groups(net, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas
+        parameter_groups(net, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
