@@ -320,17 +320,18 @@ class EASModel(nn.Module):
             self._end_merge()
 
     def _check_writes(self, method: str, merge: bool | str = False) -> None:
-        """EASError for a base model that writes no text, MergeError if it was asked to merge."""
-        if hasattr(self.base, "generate"):
+        """EASError for a base model that has no decoder at all; MergeError if it was asked to merge as well."""
+        never = self.sites[0].unmergeable
+        if not never or hasattr(self.base, "generate"):
             return
-        name, never = type(self.base).__name__, self.sites[0].unmergeable
-        if merge and never:
+        name = type(self.base).__name__
+        if merge:
             raise MergeError(
                 f"{method}(merge={merge!r}): the adapters of {name} cannot be folded into weights: {never}"
             )
         raise EASError(
-            f"net.{method}: {name} writes no text, it scores the answers of a closed list: call net(**inputs).logits"
-            + (f". Nor is there a merge to prepare: {never}" if never else "")
+            f"net.{method}: {name} writes no text, it scores the answers of a closed list: call net(**inputs).logits."
+            f" Nor is there a merge to prepare: {never}"
         )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:

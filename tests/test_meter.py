@@ -420,6 +420,14 @@ def test_a_tuned_meter_finds_its_checkpoint_and_its_task_again(tmp_path, tokeniz
     assert again.mask == tuple(MASK)
 
 
+@pytest.mark.parametrize("labels", [2, 3, 3129])
+def test_the_number_of_answers_is_kept(labels, tmp_path):
+    config(num_labels=labels).save_pretrained(tmp_path)
+    assert type(config()).from_pretrained(tmp_path).num_labels == labels
+    assert [len(config(task).id2label) for task in ("nlvr2", "retrieval")] == [2, 1]
+    assert type(config())().num_labels == 3129
+
+
 def test_a_whole_meter_in_a_folder(tmp_path, tokenizer_folder):
     model = make()
     model.save_pretrained(tmp_path / "whole")

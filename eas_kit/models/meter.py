@@ -77,13 +77,11 @@ class MeterConfig(PreTrainedConfig):
             self.vision_config = CLIPVisionConfig(patch_size=16, image_size=288, num_hidden_layers=11)
         if self.cross_modal_config is None:
             self.cross_modal_config = BertConfig(num_hidden_layers=6)
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            kwargs["num_labels"] = LABELS[self.task]
         super().__post_init__(**kwargs)
-        if not kwargs.get("num_labels") and "id2label" not in kwargs and self.id2label_is_default():
-            self.num_labels = LABELS[self.task]
-
-    def id2label_is_default(self) -> bool:
-        """True while nobody has said how many answers there are, or what they are called."""
-        return list((self.id2label or {}).values()) == ["LABEL_0", "LABEL_1"]
+        if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:  # which transformers does not write into config.json
+            self.id2label = {0: "answer 0", 1: "answer 1"}
 
     @property
     def max_position_embeddings(self) -> int:
