@@ -21,6 +21,7 @@ from eas_kit.tasks import board_texts as said
 from eas_kit.tasks.base import ROLES, Example, Task
 from eas_kit.tasks.closed import closed
 from eas_kit.tasks.digit_images import scan_indices
+from eas_kit.tasks.matching import matching
 from eas_kit.tasks.metrics import vqa_accuracy
 
 NAMES = {"vqa": "boards-vqa", "nlvr2": "boards-nlvr2", "retrieval": "boards-retrieval"}
@@ -172,7 +173,7 @@ def test_a_board_meets_its_own_caption_and_false_ones(processor):
     assert batch["labels"].tolist() == [0] * 4
     assert torch.equal(batch["input_ids"], task.collate(task.train[:4])["input_ids"])
     for row in range(4):
-        board, own = task._captions("train", row)
+        board, own = task._made("train", row)
         texts = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"][row]]
         assert texts[0] in own
         assert [said.describes(text, board) for text in texts] == [True] + [False] * 7
@@ -222,7 +223,7 @@ def test_perfect_and_blind_retrieval(processor, tmp_path):
     boards = {}
     for number, example in enumerate(task.test):
         pixels = task.collate([example], answers=False)["pixel_values"][0]
-        boards[pixels.double().sum().item()] = task._captions("test", number)[0]
+        boards[pixels.double().sum().item()] = task._made("test", number)[0]
 
     def say(ids, pixels):
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -276,7 +277,7 @@ def test_what_closed_tasks_refuse(call, message, processor):
 def test_what_board_retrieval_refuses(processor):
     with pytest.raises(TaskError, match="false_texts is a whole number from 1 up, not 0"):
         load("retrieval", processor, false_texts=0)
-    with pytest.raises(TaskError, match="false_texts=20 wants more boards than that in every role; test has 20"):
+    with pytest.raises(TaskError, match="false_texts=20 wants more pictures than that in every role; test has 20"):
         load("retrieval", processor, false_texts=20)
     with pytest.raises(TaskError, match="no setting 'workers' in retrieval"):
         load("retrieval", processor).evaluate(None, "test", workers=2)
@@ -339,6 +340,38 @@ def test_any_task_can_be_asked_with_a_closed_list(processor):
     with pytest.raises(TaskError, match=r"votes: wanted a list of two answers or more, each once, got 0"):
         closed(Votes(processor), at_least=99)
     assert closed(Votes(processor, choices=("True", "False"))).answers == ("False", "True")
+
+
+class Captioned(Task):
+    """Pictures with captions, some of which two of them share."""
+
+    name, pictures, seed = "captioned", True, 5
+
+    def __init__(self, processor):
+        super().__init__(processor)
+        for role in ROLES:
+            setattr(self, role, [1] * 9)
+
+    def captioned(self, role):
+        picture = (Image.new("RGB", (24, 24)),)
+        words = [(f"a board with {n}", f"a {n % 3} at top left") for n in range(9)]
+        return [Example(f"{role} {n}", "", "", images=picture, references=words[n]) for n in range(9)]
+
+
+def test_captioned_pictures_of_any_task_are_matched(processor):
+    task = matching(Captioned(processor), false_texts=4)
+    for example in task.train:
+        own, *others = task.texts(example)
+        assert own in example.references and len(others) == 4
+        assert not set(others) & set(example.references)
+    assert task.texts(task.train[3]) == matching(Captioned(processor), false_texts=4).texts(task.train[3])
+    assert task.collate(task.val[:2])["input_ids"].shape[:2] == (2, 5)
+    with pytest.raises(TaskError, match="false_texts=15 wants more pictures than that in every role; train has 9"):
+        matching(Captioned(processor))
+    with pytest.raises(
+        TaskError, match=r"wanted a task of captioned pictures, as flickr30k; this Votes has no captioned"
+    ):
+        matching(Votes(processor))
 
 
 # ------------------------------------------------------------------------------------------------ the whole pipeline
