@@ -30,7 +30,7 @@ class Recipe:
     """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
 
     tower_steps: int = 150  # of each tower by itself, on 32 boards and 32 captions
-    seeing_steps: int = 250  # on captions with masked digits, and a few questions
+    seeing_steps: int = 350  # on captions with masked digits, and a few questions
     steps: int = 1000  # in all
     seeing: tuple[int, int, int, int] = (32, 16, 0, 0)  # examples a step: mlm, vqa, nlvr2, retrieval
     mixture: tuple[int, int, int, int] = (0, 24, 12, 16)
