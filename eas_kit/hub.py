@@ -146,7 +146,9 @@ def make_card(net: EASModel, about: dict[str, Any], repo_id: str | None = None) 
         "",
         f'net = eas.load("{what}"{"" if known else ", base=model"})',
         f"processor = load_processor({processor})",
-        "net.generate(**inputs, merge=True)  # one prompt, or a left-padded batch",
+        "net(**inputs).logits"
+        if net.sites[0].unmergeable
+        else "net.generate(**inputs, merge=True)  # one prompt, or a left-padded batch",
         "```",
         "",
     ]

@@ -131,6 +131,9 @@ def test_losses():
     p = torch.sigmoid(logits)
     wanted = -(soft * p.log() + (1 - soft) * (1 - p).log()).sum(-1).mean()
     torch.testing.assert_close(model(**batch, labels=soft).loss, wanted)
+    half = model.bfloat16()(**batch, labels=soft.float())
+    assert half.logits.dtype == torch.bfloat16 and half.loss.dtype == torch.float32
+    assert half.loss.item() == pytest.approx(float(wanted), rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------- skipped sites
@@ -196,6 +199,8 @@ def test_detach_and_saving(tmp_path):
         tuned = net(**batch).logits
         net.save_pretrained(tmp_path / "tuned")
         assert json.loads((tmp_path / "tuned/mask.json").read_text())["num_sites"] == 4 * LAYERS
+        card = (tmp_path / "tuned/README.md").read_text()
+        assert "net(**inputs).logits" in card and "generate" not in card
         again = eas.load(tmp_path / "tuned", base=make())
         assert again.mask == tuple(MASK)
         assert torch.equal(again.eval()(**batch).logits, tuned)

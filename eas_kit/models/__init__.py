@@ -10,9 +10,19 @@ from typing import Any
 from eas_kit.errors import EASError
 from eas_kit.hub import looks_like_path
 
-from .shapes import PAPER_SIZES, paper_config
+from .shapes import METER_SIZES, PAPER_SIZES, paper_config
 
-__all__ = ["BUNDLED", "OWN", "PAPER_SIZES", "best_device", "load_base", "load_model", "load_processor", "paper_config"]
+__all__ = [
+    "BUNDLED",
+    "METER_SIZES",
+    "OWN",
+    "PAPER_SIZES",
+    "best_device",
+    "load_base",
+    "load_model",
+    "load_processor",
+    "paper_config",
+]
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "weights"}
 # models that are put together here: name -> module, whose load(name, **kwargs) gives (model, processor), in eval mode

@@ -281,8 +281,9 @@ class Meter(PreTrainedModel):
         return MeterOutput(None if labels is None else self._loss(logits, labels), logits)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if labels.is_floating_point():
-            return F.binary_cross_entropy_with_logits(logits, labels) * logits.shape[1]
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)) * logits.shape[1]
         if logits.shape[1] == 1:  # one text a picture: does it belong to it?
             return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)
