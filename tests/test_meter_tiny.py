@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -95,19 +96,26 @@ def test_what_load_model_refuses(tmp_path, monkeypatch):
 def test_batches_depend_on_seed_and_step_alone():
     processor = make_processor()
     one, two, other = Corpus(processor, 3), Corpus(processor, 3), Corpus(processor, 4)
-    counts = {"mlm": 2, "vqa": 3, "nlvr2": 5, "retrieval": 7}
+    counts = {"mlm": 2, "vqa": 3, "nlvr2": 5, "retrieval": 7, "replaced": 11}
     rows, again, changed = one.batch(7, counts), two.batch(7, counts), other.batch(7, counts)
     assert torch.equal(rows.pixel_values, again.pixel_values) and torch.equal(rows.input_ids, again.input_ids)
     assert not torch.equal(rows.pixel_values, changed.pixel_values)
     assert {name: (part.start, part.stop) for name, part in rows.parts.items()} == {
-        "mlm": (0, 2), "vqa": (2, 5), "nlvr2": (5, 15), "retrieval": (15, 22)
+        "mlm": (0, 2), "vqa": (2, 5), "nlvr2": (5, 15), "retrieval": (15, 22),
+        "replaced": (22, 33),
     }  # fmt: skip
-    assert rows.image_type.flatten().tolist() == [1] * 10 + [2] * 5 + [1] * 7
+    assert rows.image_type.flatten().tolist() == [1] * 10 + [2] * 5 + [1] * 18
     assert torch.equal(rows.input_ids[5:10], rows.input_ids[10:15])  # one sentence, two pictures
     hidden = rows.labels["mlm"] != IGNORED
     assert (rows.input_ids[:2][hidden] == processor.tokenizer.mask_token_id).all() and hidden.any()
     digits = processor.tokenizer.convert_ids_to_tokens(rows.labels["mlm"][hidden].tolist())
     assert set(digits) <= set(said.DIGITS)
+    told = rows.labels["replaced"]
+    assert ((told != IGNORED).sum(1) == 4).all() and set(told.unique().tolist()) == {IGNORED, 0, 1}
+    text, (board,), right = one._replaced(np.random.default_rng(0))
+    assert [board.flat[place] == int(digit) for place, digit in zip(said.places_in(text), re.findall(r"\d", text))] == [
+        bool(flag) for flag in right
+    ]
     ids, mask, where = one.placed_words(0, 4)
     assert ((where == IGNORED).sum(1) == ids.shape[1] - 4).all() and mask.all()
 
@@ -120,7 +128,7 @@ def test_retrieval_pretraining_is_balanced_and_true():
 
 
 def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
-    small = {"seeing": (2, 1, 0, 0), "mixture": (0, 2, 2, 2)}
+    small = {"seeing": (2, 1, 1, 0, 0), "mixture": (0, 1, 2, 2, 2)}
     recipe = Recipe(tower_steps=1, seeing_steps=1, steps=4, warmup_steps=1, **small)
     whole = pretrain(tmp_path / "whole", recipe)
 

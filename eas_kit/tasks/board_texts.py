@@ -155,9 +155,14 @@ def _parts(text: str) -> list[tuple[int, tuple[int, int]]]:
     return [(int(digit), (ROWS.index(row), COLUMNS.index(column))) for digit, _, row, column in parts]
 
 
+def right_parts(text: str, board: Board) -> list[bool]:
+    """Of each digit of a caption, whether the board has it there."""
+    return [bool(board[cell] == digit) for digit, cell in _parts(text)]
+
+
 def describes(text: str, board: Board) -> bool:
     """Whether a caption is true of a board."""
-    return all(board[cell] == digit for digit, cell in _parts(text))
+    return all(right_parts(text, board))
 
 
 def places_in(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What `tiny-meter` is pretrained on: captions with digits masked, and the three tasks' first kinds.
+"""What `tiny-meter` is pretrained on: captions with digits masked or replaced, and the three tasks' first kinds.
 
 The batch of a step depends on (seed, step) alone. Digit scans are those of role train.
 """
@@ -23,7 +23,8 @@ class Rows:
     """Rows of every objective in one batch, so that the model is run once a step.
 
     `input_ids`, `attention_mask` (B, S), `pixel_values` (B, 3, H, W), `image_type` (B, 1); the rows of an objective
-    are `parts[name]`, a slice, and what they are to say is `labels[name]`: "mlm" (b, S), the others (b,). Those of
+    are `parts[name]`, a slice, and what they are to say is `labels[name]`: of the words ("mlm" which digit was masked,
+    "replaced" whether a digit is that of the board) (b, S), of the others (b,). Those of
     "nlvr2" are 2 b rows: all first pictures, then all second ones.
     """
 
@@ -75,9 +76,11 @@ class Corpus:
                 images += [boards[picture] for _, boards, _ in made]
                 types += [1 + picture] * count
             parts[name] = slice(start, len(texts))
-            labels[name] = torch.tensor([label for *_, label in made])
+            labels[name] = torch.tensor([label for *_, label in made])  # (b,), of "replaced" (b, 4)
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
         ids, drawn = encoded["input_ids"], [draw_board(board, "train", rng) for board in images]
+        if "replaced" in parts:
+            labels["replaced"] = self._at_digits(ids[parts["replaced"]], labels["replaced"])
         if "mlm" in parts:
             labels["mlm"] = self._hide(ids, parts["mlm"], rng)
         return Rows(ids, encoded["attention_mask"], pixels(drawn), torch.tensor(types)[:, None], parts, labels)
@@ -88,18 +91,22 @@ class Corpus:
         texts = [said.caption("four", rng.integers(10, size=(3, 3)), rng) for _ in range(rows)]
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
         ids = encoded["input_ids"]
-        first, last = self.tokenizer.convert_tokens_to_ids(["0", "9"])
-        labels = torch.full_like(ids, IGNORED)
-        for row, text in zip(range(rows), texts, strict=True):
-            labels[row, (ids[row] >= first) & (ids[row] <= last)] = torch.tensor(said.places_in(text))
+        labels = self._at_digits(ids, torch.tensor([said.places_in(text) for text in texts]))
         self._hide(ids, slice(0, rows), rng)
         return ids, encoded["attention_mask"], labels
+
+    def _digits(self, ids: Tensor) -> Tensor:
+        first, last = self.tokenizer.convert_tokens_to_ids(["0", "9"])
+        return (ids >= first) & (ids <= last)
+
+    def _at_digits(self, ids: Tensor, values: Tensor) -> Tensor:
+        """Labels (b, S) that have the values (b, n) at the n digits of each row of ids (b, S)."""
+        return torch.full_like(ids, IGNORED).masked_scatter_(self._digits(ids), values)
 
     def _hide(self, ids: Tensor, rows: slice, rng: np.random.Generator) -> Tensor:
         """Masks some of the digits in these rows of ids (B, S), in place; returns what they were, (b, S)."""
         own = ids[rows]
-        first, last = self.tokenizer.convert_tokens_to_ids(["0", "9"])
-        hidden = (own >= first) & (own <= last) & torch.from_numpy(rng.random(tuple(own.shape)) < MASKED)
+        hidden = self._digits(own) & torch.from_numpy(rng.random(tuple(own.shape)) < MASKED)
         labels = own.masked_fill(~hidden, IGNORED)
         own[hidden] = self.tokenizer.mask_token_id
         return labels
@@ -108,6 +115,12 @@ class Corpus:
     def _mlm(self, rng: np.random.Generator) -> tuple[str, list, int]:
         board = rng.integers(10, size=(3, 3))
         return said.caption("four", board, rng), [board], 0
+
+    def _replaced(self, rng: np.random.Generator) -> tuple[str, list, list[int]]:
+        """A caption of a board that had other digits in some cells, and which of its digits are still right."""
+        board = rng.integers(10, size=(3, 3))
+        text = said.caption("four", np.where(rng.random((3, 3)) < 0.5, rng.integers(10, size=(3, 3)), board), rng)
+        return text, [board], [int(right) for right in said.right_parts(text, board)]
 
     def _vqa(self, rng: np.random.Generator) -> tuple[str, list, int]:
         board = rng.integers(10, size=(3, 3))

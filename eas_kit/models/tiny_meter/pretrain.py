@@ -22,6 +22,7 @@ from eas_kit.models.tiny_meter.architecture import LABELS, WIDTH, make_model, ma
 from eas_kit.models.tiny_meter.corpus import IGNORED, Corpus, Rows, labelled_patches
 
 TOWER_ROWS = 32
+WORDS = ("mlm", "replaced")  # objectives of the words of a caption, the others are of the whole
 HEADS_FILE = "heads.safetensors"
 
 
@@ -30,10 +31,10 @@ class Recipe:
     """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
 
     tower_steps: int = 150  # of each tower by itself, on 32 boards and 32 captions
-    seeing_steps: int = 350  # on captions with masked digits, and a few questions
-    steps: int = 1000  # in all
-    seeing: tuple[int, int, int, int] = (32, 16, 0, 0)  # examples a step: mlm, vqa, nlvr2, retrieval
-    mixture: tuple[int, int, int, int] = (0, 24, 12, 16)
+    seeing_steps: int = 350  # on captions with masked and replaced digits, and a few questions
+    steps: int = 900  # in all
+    seeing: tuple[int, ...] = (24, 24, 12, 0, 0)  # examples a step: mlm, replaced, vqa, nlvr2, retrieval
+    mixture: tuple[int, ...] = (0, 12, 20, 12, 20)
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     final_share: float = 0.03  # of the learning rate, at the end of the cosine
@@ -44,7 +45,7 @@ class Recipe:
 
     def counts(self, step: int) -> dict[str, int]:
         """Examples of each objective in a step."""
-        return dict(zip(("mlm", *LABELS), self.seeing if step < self.seeing_steps else self.mixture, strict=True))
+        return dict(zip((*WORDS, *LABELS), self.seeing if step < self.seeing_steps else self.mixture, strict=True))
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate: linear warm-up, then a cosine down to `final_share`."""
@@ -55,14 +56,15 @@ class Recipe:
 
 
 class Pretraining(nn.Module):
-    """The model with a head for every task beside the one it has, and one that names masked digits."""
+    """The model with a head for every task beside the one it has, and two for the words of captions."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.model = make_model("nlvr2", seed)  # the task with the most token types
         width = WIDTH
         heads = {task: make_head(task, width, len(LABELS[task])) for task in LABELS if task != "nlvr2"}
-        self.heads = nn.ModuleDict(heads | {"mlm": nn.Linear(width, self.model.config.text_config.vocab_size)})
+        heads |= {"mlm": nn.Linear(width, self.model.config.text_config.vocab_size), "replaced": nn.Linear(width, 2)}
+        self.heads = nn.ModuleDict(heads)
         self.heads.apply(self.model._init_weights)
         self.heads["nlvr2"] = self.model.head
 
@@ -76,8 +78,8 @@ class Pretraining(nn.Module):
         total, right = text.new_zeros(()), {}
         for name, part in rows.parts.items():
             labels = rows.labels[name]
-            if name == "mlm":
-                logits, labels = self.heads["mlm"](text[part]).flatten(0, 1), labels.flatten()
+            if name in WORDS:
+                logits, labels = self.heads[name](text[part]).flatten(0, 1), labels.flatten()
                 loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
                 seen = labels != IGNORED
                 right[name] = (logits.argmax(-1) == labels)[seen].float().mean().item()
