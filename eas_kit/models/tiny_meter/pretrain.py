@@ -31,10 +31,10 @@ class Recipe:
     """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
 
     tower_steps: int = 150  # of each tower by itself, on 32 boards and 32 captions
-    seeing_steps: int = 350  # on captions with masked and replaced digits, and a few questions
-    steps: int = 900  # in all
+    seeing_steps: int = 300  # on captions with masked and replaced digits, and a few questions
+    steps: int = 650  # in all
     seeing: tuple[int, ...] = (24, 24, 12, 0, 0)  # examples a step: mlm, replaced, vqa, nlvr2, retrieval
-    mixture: tuple[int, ...] = (0, 12, 20, 12, 20)
+    mixture: tuple[int, ...] = (0, 0, 20, 14, 24)
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     final_share: float = 0.03  # of the learning rate, at the end of the cosine
