@@ -23,7 +23,7 @@ from .masks import check_mask
 from .meta import meta_model, read_config
 from .modes import eval_mode
 from .pia import PIA
-from .sites import find_sites, unwrap
+from .sites import find_sites, names_its_sites, unwrap
 from .slots import LowRank, skipping
 
 PARTS = ("attention_projections", "attention_scores", "ffn", "adapter")
@@ -94,6 +94,10 @@ def flops(
     Parts: attention_projections (q, k, v, o), attention_scores (QK and the weighted sum of V, over all pairs of
     positions, as the paper counts them), ffn, adapter (condensing and folding it included); total is their sum; `other`
     is what lies outside of the decoder layers (vision tower, projector, output head; 0 for a configuration).
+
+    A model that names its parts itself (METER: `eas_parts`) is counted with all its layers, those of both encoders too;
+    `other` is then embeddings, projections and head. There is nothing to merge away, so it takes no `mask`:
+    `flops(net, tokens=40)` of a net counts one example with the adapters of its mask.
     """
     if isinstance(inputs, Mapping):
         if tuple(mask):
@@ -101,6 +105,10 @@ def flops(
         with eval_mode(target), torch.no_grad():  # as in a prefill: what stands in the inputs is the prompt
             return count_flops(target, lambda: target(**inputs))
     tokens = tokens if inputs is None else int(inputs)
+    own = _own_dry_run(target, mask)
+    if own is not None:
+        with eval_mode(own), torch.no_grad():
+            return count_flops(own, lambda: own(**unwrap(own).eas_inputs(tokens)))
     config = read_config(target)
     decoder = _meta_decoder(config)
     mask = check_mask(mask, len(find_sites(decoder)))
@@ -114,13 +122,45 @@ def flops(
         return count_flops(decoder, lambda: decoder(inputs_embeds=embeddings, attention_mask=visible, use_cache=False))
 
 
+def _own_dry_run(target: Any, mask: Iterable[int]) -> nn.Module | None:
+    """On the meta device, a model that names its sites and inputs itself, with its adapters; None for any other."""
+    model = target
+    if not isinstance(target, nn.Module):
+        if not hasattr(read_config(target), "eas_names_its_sites"):
+            return None
+        model = meta_model(target)
+    if not names_its_sites(model):
+        return None
+    if tuple(mask):
+        raise ConfigError(
+            f"flops: mask= counts attentions that are merged away, which those of {type(unwrap(model)).__name__} cannot"
+            " be; attach adapters, set net.mask and count flops(net, tokens=...), for which"
+            " eas_kit.attach(eas_kit.meta.meta_model(config), ...) will do"
+        )
+    if unwrap(model) is model:
+        return meta_model(model)
+    from .model import attach
+
+    net = attach(meta_model(model.base), model.config)
+    net.mask = model.mask
+    return net
+
+
+def _parts_of(net: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that are counted by themselves, each with its part, "attention" or "ffn"."""
+    plain = unwrap(net)
+    if hasattr(plain, "eas_parts"):
+        yield from plain.eas_parts()
+        return
+    for site in find_sites(net, ("mha", "ffn")):
+        yield plain.get_submodule(site.path), "attention" if site.kind == "mha" else "ffn"
+
+
 def count_flops(net: nn.Module, call: Callable[[], Any]) -> dict[str, int]:
     """Multiply-accumulates of `call()`, any use of `net` (a forward, a generate), by part as in `flops`."""
     ledger = _Ledger()
     handles = []
-    for site in find_sites(net, ("mha", "ffn")):
-        module = unwrap(net).get_submodule(site.path)
-        part = "attention" if site.kind == "mha" else "ffn"
+    for module, part in _parts_of(net):
         # prepend: before the hook with which the adapter of a kept attention is attached
         handles.append(module.register_forward_pre_hook(lambda *_, part=part: ledger.push(part), prepend=True))
         handles.append(module.register_forward_hook(lambda *_: ledger.pop(), always_call=True))

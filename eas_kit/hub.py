@@ -152,7 +152,7 @@ def make_card(net: EASModel, about: dict[str, Any], repo_id: str | None = None) 
         "",
         f'net = eas.load("{what}"{"" if known else ", base=model"})',
         f"processor = load_processor({processor})",
-        f"net.generate({call}",
+        "net(**inputs).logits" if net.sites[0].unmergeable else f"net.generate({call}",
         "```",
         "",
     ]

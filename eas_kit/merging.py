@@ -162,7 +162,7 @@ def check_foldable(net: EASModel) -> None:
 
 
 def check_attentions_only(net: EASModel) -> None:
-    """MergeError if the mask holds anything but attentions, or if the adapters are no affine maps."""
+    """MergeError if the mask holds anything but attentions, or if the adapters of this model cannot be folded."""
     config = net.config
     if config.adapter != "pia" or config.parts != "frozen":
         name, value = ("parts", config.parts) if config.adapter == "pia" else ("adapter", config.adapter)
@@ -171,6 +171,8 @@ def check_attentions_only(net: EASModel) -> None:
             ' after the prompt; run unmerged, or attach with adapter="pia" and parts="frozen"'
         )
     for site in net.sites:
+        if site.unmergeable:
+            raise MergeError(f"cannot merge: site {site.index} ({site.path}): {site.unmergeable}")
         if site.kind in LEAVE_NO_LINEAR and site.index in net.mask:
             raise MergeError(
                 f"cannot merge: site {site.index} ({site.path}) is a skipped {LEAVE_NO_LINEAR[site.kind]}, which leaves"

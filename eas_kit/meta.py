@@ -25,7 +25,7 @@ def read_config(source: Any) -> Any:
     """
     from transformers import PreTrainedConfig
 
-    from .models import BUNDLED, OWN, PAPER_SIZES, auto_config, is_own, load_base, paper_config
+    from .models import BUNDLED, METER_SIZES, OWN, PAPER_SIZES, auto_config, is_own, load_base, paper_config
 
     if isinstance(source, PreTrainedConfig):
         return copy.deepcopy(source)
@@ -36,7 +36,7 @@ def read_config(source: Any) -> Any:
             f"wanted a transformers config, a model, or a name or folder, got a {type(source).__name__};"
             " a dict of settings becomes a config with transformers.AutoConfig.for_model(model_type, **settings)"
         )
-    if str(source) in PAPER_SIZES:
+    if str(source) in {*PAPER_SIZES, *METER_SIZES}:
         return paper_config(str(source))
     if is_own(source):
         return copy.deepcopy(load_base(source).config)

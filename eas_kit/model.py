@@ -284,6 +284,7 @@ class EASModel(nn.Module):
         would not be read in one piece: a prefill in chunks, a growing chat on the cache of an earlier turn. Call this
         and not `net.base.generate`, which cannot tell drafted or already written tokens from the prompt.
         """
+        self._check_writes("generate", merge)
         tokens = kwargs.get("input_ids") if inputs is None else inputs
         if tokens is not None and not torch.is_tensor(tokens):
             raise PromptError(
@@ -322,6 +323,21 @@ class EASModel(nn.Module):
             self._given, self._fold_next = before, None
             self._end_merge()
 
+    def _check_writes(self, method: str, merge: bool | str = False) -> None:
+        """EASError for a base model that has no decoder at all; MergeError if it was asked to merge as well."""
+        never = self.sites[0].unmergeable
+        if not never or hasattr(self.base, "generate"):
+            return
+        name = type(self.base).__name__
+        if merge:
+            raise MergeError(
+                f"{method}(merge={merge!r}): the adapters of {name} cannot be folded into weights: {never}"
+            )
+        raise EASError(
+            f"net.{method}: {name} writes no text, it scores the answers of a closed list: call net(**inputs).logits."
+            f" Nor is there a merge to prepare: {never}"
+        )
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: continuous batching splits and shares prompts."""
         raise PromptError(
@@ -337,6 +353,7 @@ class EASModel(nn.Module):
         `generate` goes on with the cache as it is; steps by hand, net(input_ids=..., past_key_values=cache), on rows
         with padding need the attention_mask and the position_ids that continue.
         """
+        self._check_writes("prefill")
         if inputs.get("labels") is not None:
             raise PromptError("prefill takes prompts, without labels; for a loss call net(**batch)")
         if self.training:

@@ -41,6 +41,7 @@ ABOUT = (
     "base_model_dtype",
     "revision",
     "subfolder",
+    "base_model_options",
     "processor_class",
     "num_sites",
     "hidden_size",
@@ -65,10 +66,15 @@ def class_name(base: nn.Module) -> str:
 
 
 def _source(base: nn.Module) -> dict[str, Any]:
-    """revision (commit), subfolder and processor_class, as far as they are known: `load_model` notes them."""
+    """revision (commit), subfolder, options and processor_class, as far as they are known: `load_model` notes them."""
     noted = getattr(base, "eas_kit_source", {})
     commit = noted.get("revision") or getattr(getattr(base, "config", None), "_commit_hash", None)
-    return {"revision": commit, "subfolder": noted.get("subfolder"), "processor_class": noted.get("processor_class")}
+    return {
+        "revision": commit,
+        "subfolder": noted.get("subfolder"),
+        "base_model_options": noted.get("options"),
+        "processor_class": noted.get("processor_class"),
+    }
 
 
 def describe_net(net: EASModel) -> dict[str, Any]:
@@ -103,6 +109,9 @@ def save_adapters(net: EASModel, folder: Path, repo_id: str | None = None) -> No
     name = about["base_model_name_or_path"]
     if repo_id and name and Path(name).is_absolute():
         name = about["base_model_name_or_path"] = None
+    if repo_id and about["base_model_options"]:  # a checkpoint's path, for one
+        own = {key: value for key, value in about["base_model_options"].items() if not Path(str(value)).is_absolute()}
+        about["base_model_options"] = own
     parts = {PREFIX + name: value for name, value in net.trained_parts.tensors.items()}
     state = {name: value.detach() for name, value in (net.adapters.state_dict() | parts).items()}
     if any(isinstance(value, DTensor) for value in state.values()):
@@ -256,6 +265,7 @@ def _load_base(saved: Saved, kwargs: dict[str, Any]) -> nn.Module:
             f"load: {saved.folder} does not name its base model; pass it as eas_kit.load(folder, base=model)"
         )
     noted = {key: about[key] for key in ("revision", "subfolder") if about.get(key)}
+    noted |= about.get("base_model_options") or {}
     if about.get("base_model_dtype") and "torch_dtype" not in kwargs:
         noted["dtype"] = about["base_model_dtype"]  # else it could come in the type of its files, and answer otherwise
     base = load_base(name, **noted | kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .bottleneck import Bottleneck
 from .config import EASConfig
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError
 from .families import takes_keywords
 from .pia import PIA
 from .sites import Site
@@ -161,12 +162,18 @@ def _as_it_is(n: Tensor) -> Tensor:
     return n
 
 
+@singledispatch
+def make_seat(site: Site, layer: nn.Module, prompt: Callable[[], Tensor | None]) -> Seat:
+    """The seat for a site of this class; other classes of sites register theirs."""
+    return Seat(layer, site, prompt)
+
+
 def make_seats(base: nn.Module, sites: list[Site], prompt: Callable[[], Tensor | None]) -> list[Seat]:
     """One seat a decoder layer that has sites; `prompt` gives the prompt mask of the forward that is running."""
     seats: dict[int, Seat] = {}
     for site in sites:
         if site.layer not in seats:
-            seats[site.layer] = Seat(base.get_submodule(site.layer_path), site, prompt)
+            seats[site.layer] = make_seat(site, base.get_submodule(site.layer_path), prompt)
         seats[site.layer].sites[site.kind] = site
     return list(seats.values())
 
@@ -186,11 +193,7 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
     for site in sites:
         if site.hidden_size % config.groups and config.adapter == "pia":
             raise ConfigError(f"EASConfig.groups={config.groups} must divide the model's width {site.hidden_size}")
-        if site.kind == "mha" and site.gain_offset is None and config.source == "attention_norm":
-            raise UnsupportedModelError(
-                f"{site.layer_path}.{site.names.norm_ffn} is more than a gain and a bias, so PIA(LN1(x)) cannot take"
-                ' its place exactly; use EASConfig(source="ffn_norm")'
-            )
+        site.check_config(config)
         layer = base.get_submodule(site.layer_path)
         weight, device = next(layer.parameters()), where_it_runs(layer)
         with device if device.type == "meta" else nullcontext():  # half a GB at 7 B that nobody would look at

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from .config import KINDS
+from .config import KINDS, EASConfig
 from .errors import ConfigError, UnsupportedModelError
 from .families import ATTENTION_READERS, FFN_READERS, LAYER_LISTS, Names, gain_offset, layer_names, readers
 from .rehearsal import rehearse
@@ -47,6 +47,17 @@ class Site:
 
     returns_tuple: bool = False
     """The layer takes (output, something) from its feed-forward, not an output alone."""
+
+    unmergeable: ClassVar[str] = ""
+    """Why no adapter at a site of this class can ever be folded into weights; "" where that depends on the layer."""
+
+    def check_config(self, config: EASConfig) -> None:
+        """Raises UnsupportedModelError where adapters of these settings cannot stand in exactly."""
+        if self.kind == "mha" and self.gain_offset is None and config.source == "attention_norm":
+            raise UnsupportedModelError(
+                f"{self.layer_path}.{self.names.norm_ffn} is more than a gain and a bias, so PIA(LN1(x)) cannot take"
+                ' its place exactly; use EASConfig(source="ffn_norm")'
+            )
 
     @property
     def slot(self) -> str:
@@ -119,17 +130,25 @@ def _survey(model: nn.Module) -> tuple[str, list[tuple[int, nn.Module, _Fit | st
     return path, found
 
 
+def names_its_sites(model: nn.Module) -> bool:
+    """True for a model that says itself where its sites are: it has no decoder that could be surveyed."""
+    return hasattr(unwrap(model), "eas_sites")
+
+
 def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site]:
     """All sites of the model, kind after kind in the order of `kinds`, layer after layer within a kind.
 
     With L layers and kinds ("mha", "ffn"), sites 0..L-1 are the attentions and L..2L-1 the feed-forwards; of kind
     "layer" a site is both together, with the norms between them. Layers that
     do not fit (linear attention, convolution, cross-attention) have no sites and no numbers; `describe` lists them.
-    Raises UnsupportedModelError for a model in which no layer fits, ConfigError for an unknown kind.
+    A model that has a method `eas_sites(kinds)` names them itself (`post_norm.py`). Raises UnsupportedModelError for a
+    model in which no layer fits, ConfigError for an unknown kind.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ConfigError(f"kinds: wanted some of {KINDS}, got {kinds!r}")
+    if names_its_sites(model):
+        return unwrap(model).eas_sites(kinds)
     path, layers = _survey(model)
     sites: list[Site] = []
     offsets: dict[type, float | None] = {}
@@ -165,6 +184,8 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
 
 def merge_problem(model: nn.Module, site: Site, *, data: bool = True) -> str:
     """Why the adapters at this site cannot be folded into weights; "" if they can. `data` as in `readers`."""
+    if site.unmergeable:
+        return site.unmergeable
     if site.kind in LEAVE_NO_LINEAR:
         return f"a skipped {LEAVE_NO_LINEAR[site.kind]} leaves no linear to fold its adapter into"
     if site.gain_offset is None:
@@ -180,6 +201,9 @@ def merge_problem(model: nn.Module, site: Site, *, data: bool = True) -> str:
 
 def _rows(model: nn.Module, kinds: tuple[str, ...], data: bool) -> Iterator[dict[str, Any]]:
     plain = unwrap(model)
+    if names_its_sites(plain):
+        yield from (site.row(plain) for site in find_sites(plain, kinds))
+        return
     for site in find_sites(plain, kinds):
         layer = plain.get_submodule(site.layer_path)
         norm = getattr(layer, site.names.norm_ffn) if site.names.norm_ffn else None

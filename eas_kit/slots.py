@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .bottleneck import Bottleneck
 from .errors import ConfigError, MergeError, PromptError
 from .pia import PIA, Route, Running
 from .prompt import PromptState, find_cache, kept_state, skipped_state
-from .sites import find_sites, unwrap
+from .sites import Site, find_sites, unwrap
 
 
 class StandIn(nn.Module):
@@ -110,6 +111,14 @@ class NoFeedForward(StandIn):
         return (nothing, None) if self.returns_tuple else nothing
 
 
+@singledispatch
+def nothing_there(site: Site, original: nn.Module) -> StandIn:
+    """What stands in for `original` where a site is skipped and no adapter takes its place; by the site's class."""
+    if site.kind == "mha":
+        return NoAttention(original, site.layer_idx)
+    return NoFeedForward(original, site.returns_tuple)
+
+
 @contextmanager
 def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ()) -> Iterator[nn.Module]:
     """Within the block, the attentions `mha` and the feed-forwards `ffn` add nothing; each kind is numbered by itself.
@@ -121,8 +130,9 @@ def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ())
     placed: list[tuple[nn.Module, str]] = []
     try:
         for kind, wanted in (("mha", mha), ("ffn", ffn)):
-            sites = find_sites(plain, (kind,))
-            for number in dict.fromkeys(int(site) for site in wanted):
+            wanted = dict.fromkeys(int(site) for site in wanted)
+            sites = find_sites(plain, (kind,)) if wanted else []
+            for number in wanted:
                 if not 0 <= number < len(sites):
                     raise ConfigError(f"skipping {kind} {number}: the model's are 0 to {len(sites) - 1}")
                 site = sites[number]
@@ -130,11 +140,7 @@ def skipping(model: nn.Module, mha: Iterable[int] = (), ffn: Iterable[int] = ())
                 original = getattr(layer, site.slot)
                 if isinstance(original, StandIn):
                     raise ConfigError(f"{site.path} is skipped already; set net.mask = () or leave the other block")
-                if kind == "mha":
-                    stand_in = NoAttention(original, site.layer_idx)
-                else:
-                    stand_in = NoFeedForward(original, site.returns_tuple)
-                place(layer, site.slot, stand_in)
+                place(layer, site.slot, nothing_there(site, original))
                 placed.append((layer, site.slot))
         yield model
     finally:

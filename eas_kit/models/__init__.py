@@ -11,20 +11,33 @@ from typing import Any
 from eas_kit.errors import EASError
 from eas_kit.hub import looks_like_path
 
-from .shapes import PAPER_SIZES, paper_config
+from .shapes import METER_SIZES, PAPER_SIZES, paper_config
 
-__all__ = ["BUNDLED", "OWN", "PAPER_SIZES", "best_device", "load_base", "load_model", "load_processor", "paper_config"]
+__all__ = [
+    "BUNDLED",
+    "METER_SIZES",
+    "OWN",
+    "PAPER_SIZES",
+    "best_device",
+    "load_base",
+    "load_model",
+    "load_processor",
+    "paper_config",
+]
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "weights"}
 # models that are put together here: name -> module, whose load(name, **kwargs) gives (model, processor), in eval mode
 OWN = {
     "lavin": "lavin",
     "tiny-lavin": "lavin",
+    "meter": "meter_loading",
+    "tiny-meter": "meter_loading",
 }
 WITH_WEIGHTS = frozenset({*BUNDLED, *(name for name in OWN if name.startswith("tiny"))})  # that come with eas_kit
 # config.model_type -> module that makes it known to transformers' auto classes
 OWN_TYPES = {
     "lavin": "lavin",
+    "eas_meter": "meter",
 }
 # what is asked of the hub (or of its local cache) in the same way for the weights and for the processor
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
@@ -36,7 +49,8 @@ def load_model(name_or_folder: str | Path, device: str | None = None, **kwargs):
 
     Args:
         name_or_folder: "tiny" (bundled), a local folder, a name on the Hugging Face hub, or one of `OWN`, models that
-            are put together here: "lavin" from llama= and clip=, "tiny-lavin" (`eas_kit.models.lavin.load`).
+            are put together here: "lavin" from llama= and clip=, "tiny-lavin" (`eas_kit.models.lavin.load`), "meter"
+            from checkpoint=, "tiny-meter" (`eas_kit.models.meter_loading.load`).
         device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda:1" ...; None: as ``from_pretrained`` puts it.
         kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``quantization_config``, ``attn_implementation``
             ...). ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` and ``trust_remote_code``
@@ -97,9 +111,12 @@ def _load(
 
 
 def _finished(model: Any, processor: Any, name: str, device: str | None, revision: Any = None, subfolder: Any = None):
-    """Model and processor, with what the folders that net.save_pretrained writes say of them."""
+    """Model and processor, with what the folders that net.save_pretrained writes say of them.
+
+    A loader of `OWN` may have noted `options` in `model.eas_kit_source`: what it has to be given again.
+    """
     model.name_or_path = name
-    model.eas_kit_source = {
+    model.eas_kit_source = getattr(model, "eas_kit_source", {}) | {
         "revision": revision,
         "subfolder": subfolder or None,
         "processor_class": None if processor is None else type(processor).__name__,

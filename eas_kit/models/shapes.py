@@ -7,6 +7,7 @@ the published counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from eas_kit.errors import ConfigError
@@ -106,6 +107,12 @@ def _qwen_7b() -> Any:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16")
 
 
+def _meter(task: str) -> Any:
+    from .meter import paper_size
+
+    return paper_size(task)
+
+
 PAPER_SIZES: dict[str, Callable[[], Any]] = {
     "llama-7b": _llama_7b,
     "vicuna-7b": _vicuna_7b,
@@ -113,14 +120,20 @@ PAPER_SIZES: dict[str, Callable[[], Any]] = {
     "lavin-7b": _lavin_7b,
     "qwen2.5-vl-7b": _qwen_7b,
 }
+# no decoders: sites, parameters and operations can be told, the memory of a KV cache cannot
+METER_SIZES: dict[str, Callable[[], Any]] = {
+    f"meter-{task}": partial(_meter, task) for task in ("vqa", "nlvr2", "retrieval")
+}
 
 
 def paper_config(name: str) -> Any:
-    """A new transformers config: "llama-7b", "vicuna-7b" (v1.5), "llava-1.5-7b", "lavin-7b" or "qwen2.5-vl-7b".
+    """A new transformers config: "llama-7b", "vicuna-7b" (v1.5), "llava-1.5-7b", "lavin-7b", "qwen2.5-vl-7b", or METER
+    with the head and the picture size of a task, "meter-vqa", "meter-nlvr2", "meter-retrieval".
 
     For `eas_kit.describe`, `eas_kit.measure` and `eas_kit.estimate_memory`, which need no weights. Raises ConfigError
     for another name.
     """
-    if name not in PAPER_SIZES:
-        raise ConfigError(f"paper_config: wanted one of {list(PAPER_SIZES)}, got {name!r}")
-    return PAPER_SIZES[name]()
+    every = PAPER_SIZES | METER_SIZES
+    if name not in every:
+        raise ConfigError(f"paper_config: wanted one of {list(every)}, got {name!r}")
+    return every[name]()

@@ -14,6 +14,9 @@ from eas_kit.errors import TaskError
 # name -> (module, class); imported when first asked for
 _TASKS = {
     "aid": ("eas_kit.tasks.aid", "AID"),
+    "boards-nlvr2": ("eas_kit.tasks.boards", "BoardsNLVR2"),
+    "boards-retrieval": ("eas_kit.tasks.boards", "BoardsRetrieval"),
+    "boards-vqa": ("eas_kit.tasks.boards", "BoardsVQA"),
     "conversations": ("eas_kit.tasks.conversations", "Conversations"),
     "definitions": ("eas_kit.tasks.definitions", "Definitions"),
     "digits": ("eas_kit.tasks.digits", "Digits"),
@@ -49,7 +52,8 @@ def load_task(name: str | type, processor, **settings):
     """A task by name, bound to the processor of the model that will be used.
 
     Args:
-        name: of a bundled task ("definitions", "digits", "elements", "reading"), of a real data set ("aid",
+        name: of a bundled task ("boards-nlvr2", "boards-retrieval", "boards-vqa", for METER; "definitions", "digits",
+            "elements", "reading"), of a real data set ("aid",
             "flickr30k", "nlvr2", "scienceqa", "slake", "vqav2"), "conversations" for files of one's own in LLaVA's
             form; or one's own sub-class of ``eas_kit.tasks.Task``, itself or as "module:Class" (the module is looked
             for in the working folder too).
