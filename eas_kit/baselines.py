@@ -1,4 +1,7 @@
-"""What EAS is compared with: full tuning, LoRA (peft), bottleneck adapters, and whole layers skipped (as DAS does).
+"""What EAS is compared with: full tuning, LoRA and LLaMA-Adapter (peft), bottleneck adapters, and whole layers skipped.
+
+Prompt tuning, prefix tuning and MAM are in `virtual_tokens.py`; DAS, which searches for the layers to skip, is
+`EASConfig(kinds=("layer",), adapter="bottleneck")`.
 
 Each function prepares a model that `fit` and a task's `evaluate` take as it is, and says which share of the model's
 parameters it trains. The vision tower is never trained: modules are picked by their full path inside of the language
@@ -10,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .bottleneck import Bottleneck, like
 from .errors import ConfigError
 from .masks import check_mask
 from .sites import decoder_layers, find_sites
@@ -29,7 +31,7 @@ def full_tuning(model: nn.Module, projector: bool = True) -> tuple[nn.Module, fl
     for name, parameter in model.named_parameters():
         between = projector and not any(word in name for word in VISION)
         parameter.requires_grad_(id(parameter) in inside or between)
-    return model, _share(model)
+    return model, share_trained(model)
 
 
 def lora(
@@ -45,20 +47,49 @@ def lora(
     targets = language_linears(model, linears)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
     tuned = get_peft_model(model, config)
-    return tuned, _share(tuned)
+    return tuned, share_trained(tuned)
 
 
-class Bottleneck(nn.Module):
-    """x + up(silu(down(x))), d -> rank -> d; `up` starts at zero, so a new one returns its input."""
+def llama_adapter(model: nn.Module, tokens: int = 10, layers: int | None = None) -> tuple[nn.Module, float]:
+    """LLaMA-Adapter (Zhang et al., 2023): in the last `layers` attentions (None: all) every query also attends to
+    `tokens` learned vectors, through a gate that starts at zero. peft's AdaptionPrompt, on the language model.
 
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(hidden_size, rank), nn.Linear(rank, hidden_size)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+    Returns the model (the same object, changed) and the trainable share of its parameters. What is learned has the
+    dtype of the attention's weights. Raises ConfigError for families that peft has none for (it has Llama, Mistral and
+    GPT-2, alone or inside of a multimodal model) and for heads whose widths do not add up to the model's, which it
+    takes for granted.
+    """
+    from peft import AdaptionPromptConfig, AdaptionPromptModel
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.silu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    config, (_, stack) = decoder.config, decoder_layers(model)
+    if not 0 < (layers or len(stack)) <= len(stack) or tokens < 1:
+        raise ConfigError(
+            f"llama_adapter: wanted 1 to {len(stack)} layers and 1 token or more, got {layers} and {tokens}"
+        )
+    kept = [(p, p.requires_grad) for p in model.parameters()]
+    settings = AdaptionPromptConfig(adapter_len=tokens, adapter_layers=layers or len(stack))
+    model.requires_grad_(False)
+    try:
+        AdaptionPromptModel(decoder, {"default": settings}, "default")
+    except ValueError as error:
+        for parameter, trained in kept:
+            parameter.requires_grad_(trained)
+        raise ConfigError(
+            f"llama_adapter: {error} peft's AdaptionPrompt knows llama, mistral and gpt2, this language model is a"
+            f" {config.model_type}; take prefix_tuning, which works for any decoder with a KV cache"
+        ) from error
+    heads = config.num_attention_heads
+    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    attention = find_sites(model)[0]
+    projections = model.get_submodule(attention.path).model
+    if hasattr(projections, "k_proj") and projections.k_proj.in_features // projections.k_proj.out_features != groups:
+        raise ConfigError(
+            f"llama_adapter: peft's AdaptionPrompt takes {heads} heads to be as wide as the model together, here they"
+            f" are not (keys: {projections.k_proj.in_features} to {projections.k_proj.out_features}); take"
+            " prefix_tuning instead"
+        )
+    return model, share_trained(model)
 
 
 class LayerAdapter(Bottleneck):
@@ -84,8 +115,8 @@ def bottlenecks(model: nn.Module, rank: int = 128) -> tuple[nn.Module, float]:
     for site in sites:
         layer = model.get_submodule(site.layer_path)
         ffn = getattr(layer, site.slot)
-        setattr(layer, site.slot, nn.Sequential(ffn, _like(Bottleneck(site.hidden_size, rank), ffn)))
-    return model, _share(model)
+        setattr(layer, site.slot, nn.Sequential(ffn, like(Bottleneck(site.hidden_size, rank), ffn)))
+    return model, share_trained(model)
 
 
 def skip_layers(model: nn.Module, layers: Iterable[int], rank: int = 128) -> tuple[nn.Module, float]:
@@ -103,14 +134,8 @@ def skip_layers(model: nn.Module, layers: Iterable[int], rank: int = 128) -> tup
     width = find_sites(model)[0].hidden_size
     for number in chosen:
         layer = stack[number]
-        stack[number] = _like(LayerAdapter(layer, width, rank), layer)
-    return model, _share(model)
-
-
-def _like(new: nn.Module, old: nn.Module) -> nn.Module:
-    """`new` on the device and in the mode of `old`; in float32 or wider, as small steps of an optimiser need it."""
-    weight = next(old.parameters())
-    return new.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).train(old.training)
+        stack[number] = like(LayerAdapter(layer, width, rank), layer)
+    return model, share_trained(model)
 
 
 def language_linears(model: nn.Module, linears: tuple[str, ...] | None = None) -> list[str]:
@@ -130,6 +155,6 @@ def _language_model(model: nn.Module) -> list[nn.Module]:
     return parts if head is None else [*parts, head]
 
 
-def _share(model: nn.Module) -> float:
+def share_trained(model: nn.Module) -> float:
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in counts if trained) / sum(n for n, _ in counts)

@@ -1,4 +1,4 @@
-"""The comparison of notebook 03: zero-shot, full tuning, LoRA, and PIA with nothing or k attentions skipped.
+"""The comparison of tuning methods: one table, one loop, one budget, one report for every row (`arms.Arm`).
 
 Every tuned arm gets the same number of steps, batches and schedule; the learning rate is the method's own, from a
 table or chosen on `val` from a grid. Each run is a JSON file in a folder, so a comparison can be stopped, resumed,
@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,20 @@ import torch
 from torch import nn
 
 from . import __version__
-from .arms import LEARNING_RATES, Arm, Plan
+from .arms import BASELINES, LEARNING_RATES, Arm, Plan
 from .bandit import draw_masks, lowest
-from .baselines import full_tuning, lora
 from .cache import Busy, cached
 from .checkpoint import rng_state, set_rng_state
-from .config import SearchConfig, TrainConfig
-from .counting import parameters
-from .errors import ConfigError
+from .config import TrainConfig
+from .counting import flops, parameters
+from .errors import ConfigError, MergeError
+from .merging import check_foldable
 from .model import EASModel, attach
+from .modes import eval_mode
 from .probe import score_without
 from .scorers import SCORERS
-from .training import fit, search
+from .timing import latency
+from .training import candidate_sites, fit, search
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +44,12 @@ COLUMNS = (
     *("val_accuracy", "val_loss", "test_accuracy", "test_loss", "unparsed"),
     *("trainable", "trainable_share", "steps", "seconds", "search_steps", "search_seconds", "scorer"),
     "test_columns",
+    *("candidates", "settings", "macs", "merged_macs"),
+    *("prefill_seconds", "decode_seconds", "merged_prefill_seconds", "merged_decode_seconds"),
 )
+"""Of the table. `trainable_share` is of the base model's parameters. `macs`: multiply-accumulates of the decoder layers
+on one prompt of val as the tuned model stands, `merged_macs` with its adapters folded away. `prefill_seconds` and
+`decode_seconds` (a token) are medians on the same prompt, unmerged and merged, where the plan asks for times."""
 
 
 def run_arms(
@@ -61,9 +69,13 @@ def run_arms(
 
     make_model: a fresh base model, the same each time. grid: for a method, learning rates to choose from: the plain
     method (k = 0, first seed) is run with each, and the best accuracy on `val` (then loss) wins; `test` is reported
-    for all runs and never chosen by. model_name: goes into the files' keys, to keep models apart.
+    for all runs and never chosen by (`arms.GRIDS` has one for every method; DAS, of which nothing trains without
+    skipping, is tried with k random layers). model_name: goes into the files' keys, to keep models apart.
     Runs that another process is working on are waited for, or left out without `wait`.
+    Raises ConfigError for settings of an arm that make no sense before anything runs.
     """
+    for arm in arms:
+        (plan or Plan()).key(arm)
     table = _Table(task, make_model, plan or Plan(), Path(out_dir), model_name, log)
     order = [(arm, seed) for seed in seeds for arm in arms]
     jobs, rows, told = order, {}, False
@@ -71,7 +83,7 @@ def run_arms(
         busy = []
         for arm, seed in jobs:
             try:
-                rate = table.learning_rate(arm.method, seeds[0], learning_rates, grid or {})
+                rate = table.learning_rate(arm, seeds[0], learning_rates, grid or {})
                 rows[arm, seed] = table.run(arm, seed, rate)
             except Busy as claim:
                 busy.append((arm, seed))
@@ -117,20 +129,21 @@ class _Table:
             "version": __version__,
         }
 
-    def learning_rate(self, method: str, seed: int, rates: Mapping[str, float], grid: Mapping) -> float | None:
+    def learning_rate(self, arm: Arm, seed: int, rates: Mapping[str, float], grid: Mapping) -> float | None:
+        method = arm.method
         if method == "zero_shot":
             return None
         if method not in grid:
             if method not in rates:
                 raise ConfigError(f"learning_rates has no {method!r}; give one, or a grid to choose from")
             return rates[method]
-        runs = [(self.run(Arm(method), seed, rate), rate) for rate in grid[method]]
+        runs = [(self.run(arm.plain, seed, rate), rate) for rate in grid[method]]
         return min(runs, key=lambda run: (-run[0]["val_accuracy"], run[0]["val_loss"]))[1]
 
     def run(self, arm: Arm, seed: int, rate: float | None) -> dict:
         drawn = 0 if arm.method == "zero_shot" else seed  # nothing is drawn: one run serves all seeds
-        key = self.base_key | {"plan": self.plan.key(arm), "arm": asdict(arm), "seed": drawn, "learning_rate": rate}
-        name = f"{arm.name.replace(' ', '_').replace('=', '')}-seed{drawn}"
+        key = self.base_key | {"plan": self.plan.key(arm), "arm": arm.key(), "seed": drawn, "learning_rate": rate}
+        name = f"{arm.file_name}-seed{drawn}"
         return cached(self.folder, name, key, lambda: self._run(arm, drawn, rate)) | {"seed": seed}
 
     def _run(self, arm: Arm, seed: int, rate: float | None) -> dict:
@@ -140,6 +153,7 @@ class _Table:
         try:
             row = {"arm": arm.name, "method": arm.method, "k": arm.k, "chosen_by": arm.chosen_by, "seed": seed}
             row |= {"mask": [], "learning_rate": rate, "steps": 0, "seconds": 0.0}
+            row |= {"candidates": arm.candidates, "settings": dict(arm.settings)}
             net, extra = self._prepare(arm, seed)
             row |= extra
             if arm.method != "zero_shot":
@@ -157,12 +171,13 @@ class _Table:
             row["details"] = row.get("details", {}) | {split: found}
         row["unparsed"] = row["details"]["test"].get("unparsed")
         row["test_columns"] = row["details"]["test"].get("columns")
+        row |= self._costs(net)
         self.log(f"{arm.name}, seed {seed}: val {row['val_accuracy']:.3f}, test {row['test_accuracy']:.3f}")
         return row
 
     def _prepare(self, arm: Arm, seed: int) -> tuple[nn.Module, dict]:
         """The model of an arm, ready to be tuned, and its columns."""
-        base = self.make_model()
+        plan, base = self.plan, self.make_model()
         total = sum(p.numel() for p in base.parameters())
 
         def share(trained: int) -> dict:
@@ -170,33 +185,61 @@ class _Table:
 
         if arm.method == "zero_shot":
             return base, share(0)
-        if arm.method in ("full", "lora"):
-            net, _ = full_tuning(base) if arm.method == "full" else lora(base, **self.plan.lora)
+        if arm.method in BASELINES:
+            net, _ = BASELINES[arm.method](base, **plan.settings(arm))
             return net, share(sum(p.numel() for p in net.parameters() if p.requires_grad))
-        net, extra = attach(base, self.plan.eas), {}
+        net, extra = attach(base, plan.eas_config(arm)), {}
         if arm.k:
             net, extra = self._choose(net, arm, seed)
         extra["mask"] = list(net.mask)
         return net, share(parameters(net)["active"]["total"]) | extra
 
+    def _costs(self, net: nn.Module) -> dict[str, Any]:
+        """Multiply-accumulates of one prompt, and times, if the plan asks for them; merged too, where that is exact."""
+        device = next(net.parameters()).device
+        batch = self.task.collate([self.task.val[0]], answers=False)
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        calls = {"": net}
+        found = {"macs": flops(net, inputs)["total"]}
+        if isinstance(net, EASModel):
+            try:
+                check_foldable(net)
+            except MergeError:
+                pass
+            else:
+                mask = net.mask if net.config.kinds == ("mha",) else ()
+                found["merged_macs"] = flops(net, tokens=inputs["input_ids"].shape[1], mask=mask)["total"]
+                calls["merged_"] = partial(net.generate, merge=True)
+        if self.plan.latency is not None:
+            with eval_mode(net):
+                for name, call in calls.items():
+                    times = latency(call, inputs, **self.plan.latency)
+                    found[f"{name}prefill_seconds"] = times["prefill"]["median"]
+                    if "decode_per_token" in times:
+                        found[f"{name}decode_seconds"] = times["decode_per_token"]["median"]
+        return found
+
     def _choose(self, net: EASModel, arm: Arm, seed: int) -> tuple[EASModel, dict]:
         """Sets the mask in the way of the arm."""
         extra: dict[str, Any] = {}
+        kinds = [site.kind for site in net.sites]
+        wanted = None if arm.candidates == "mha+ffn" else arm.candidates
+        candidates = candidate_sites(wanted, kinds)
         if arm.chosen_by == "random":
             zeros = torch.zeros(net.num_sites)
-            net.mask = draw_masks(zeros, arm.k, 1, np.random.default_rng([seed, arm.k]))[0]
+            net.mask = draw_masks(zeros, arm.k, 1, np.random.default_rng([seed, arm.k]), candidates)[0]
         elif arm.chosen_by == "scorer":
+            kind = {} if arm.candidates == "mha" else {"kind": arm.candidates}
             found = cached(
                 self.folder,
                 f"scorer-k{arm.k}",
-                self.base_key | {"scorers": "best", "k": arm.k, "limit": self.plan.score_limit},
-                lambda: best_scorer(self.make_model(), self.task, arm.k, self.plan.score_limit),
+                self.base_key | {"scorers": "best", "k": arm.k, "limit": self.plan.score_limit} | kind,
+                lambda: best_scorer(self.make_model(), self.task, arm.k, self.plan.score_limit, **kind),
             )
-            net.mask, extra = found["mask"], {"scorer": found["scorer"]}
+            net.mask, extra = [candidates[i] for i in found["mask"]], {"scorer": found["scorer"]}
         else:
-            changes = {"num_skipped": arm.k, "seed": seed}
-            config = SearchConfig.from_dict(self.plan.search.to_dict() | changes)
-            key = self.base_key | {"search": config.identity(), "eas": self.plan.eas.to_dict()}
+            config, eas = self.plan.search_config(arm, seed), self.plan.eas_config(arm)
+            key = self.base_key | {"search": config.identity(), "eas": eas.identity()}
 
             def find() -> dict:
                 result = search(net, self.task, config)
@@ -207,20 +250,20 @@ class _Table:
             else:
                 found = cached(self.folder, f"search-k{arm.k}-seed{seed}", key, find)
                 torch.manual_seed(seed)
-                net = attach(self.make_model(), self.plan.eas)
+                net = attach(self.make_model(), eas)
             net.mask = found["skipped"]
             extra = {"search_steps": len(found["steps"]), "search_seconds": found["seconds"]}
         return net, extra
 
 
-def best_scorer(model: nn.Module, task: Any, k: int, limit: int | None = None) -> dict[str, Any]:
+def best_scorer(model: nn.Module, task: Any, k: int, limit: int | None = None, kind: str = "mha") -> dict[str, Any]:
     """The mask of the scorer whose k sites cost the untuned model least on `val`: mask, scorer, losses of all."""
     losses, masks = {}, {}
     for name, scorer in SCORERS.items():
         if name == "random":
             continue
-        masks[name] = lowest(scorer(model, task, "mha", limit=limit), k)
-        losses[name] = score_without(model, task, "mha", masks[name], "val", limit)["loss"]
+        masks[name] = lowest(scorer(model, task, kind, limit=limit), k)
+        losses[name] = score_without(model, task, kind, masks[name], "val", limit)["loss"]
     best = min(losses, key=losses.get)
     return {"mask": list(masks[best]), "scorer": best, "losses": losses}
 

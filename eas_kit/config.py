@@ -10,16 +10,28 @@ from typing import Any, Self
 
 from .errors import ConfigError
 
-KINDS = ("mha", "ffn")
+KINDS = ("mha", "ffn", "layer")
 SOURCES = ("attention_norm", "ffn_norm")
+ADAPTERS = ("pia", "bottleneck")
+PARTS = ("base", "exchange", "frozen")
+POOLS = ("prompt", "sequence")
 
 
 @dataclass
 class Config:
     """What all settings share: `to_dict`, `from_dict`, `save` and `load`."""
 
+    # Fields that came after files had been written: at their default they are no part of what identifies a run, so
+    # that results and checkpoints from before stay valid.
+    _ADDED = ()
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that tell a run from others."""
+        default = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in self.to_dict().items() if k not in self._ADDED or v != default[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, ignore: tuple[str, ...] = ()) -> Self:
@@ -86,9 +98,21 @@ class EASConfig(Config):
     dropout: float = 0.1
     """Dropout on the bottleneck z, in training only."""
     kinds: tuple[str, ...] = ("mha",)
-    """Which sub-modules are sites. Sites are numbered kind after kind, in the order given here."""
+    """Which sub-modules are sites: attentions, feed-forwards, or ("layer",), whole decoder layers. Sites are numbered
+    kind after kind, in the order given here."""
     source: str = "attention_norm"
     """What a skipped attention's adapter reads: "attention_norm" for g2 * PIA(LN1(x)), "ffn_norm" for PIA(LN2(x))."""
+    adapter: str = "pia"
+    """"pia", or "bottleneck" for n + up(silu(down n)), which reads no prompt and cannot be merged (DAS)."""
+    parts: str = "frozen"
+    """How much of PIA there is (the paper's ablation): "base", "exchange" or "frozen", all of it; see `eas_kit.pia`."""
+    pool: str = "prompt"
+    """What the pooled path averages in training: the "prompt", or the whole "sequence" with the answer in it, which a
+    prefill does not see."""
+    path_factor: float = 0.5
+    """Factor of the sum of the two down paths; 1.0: the plain sum."""
+
+    _ADDED = ("adapter", "parts", "pool", "path_factor")
 
     def __post_init__(self) -> None:
         if isinstance(self.kinds, str):
@@ -114,10 +138,20 @@ class EASConfig(Config):
             "kinds",
             f"one or more of {KINDS}, each once",
         )
+        self._check(
+            "layer" not in self.kinds or len(self.kinds) == 1,
+            "kinds",
+            "('layer',) alone, as a skipped layer takes its attention and feed-forward along",
+        )
         self._check(self.source in SOURCES, "source", f"one of {SOURCES}")
+        self._check(self.adapter in ADAPTERS, "adapter", f"one of {ADAPTERS}")
+        self._check(self.parts in PARTS, "parts", f"one of {PARTS}")
+        self._check(self.pool in POOLS, "pool", f"one of {POOLS}")
+        self._check(is_number(self.path_factor), "path_factor", "a finite number")
 
 
 REWARDS = ("exp", "standardized")
+DRAWS = ("uniform", "multinomial")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -189,7 +223,7 @@ class LoopConfig(Config):
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes."""
-        return {key: value for key, value in self.to_dict().items() if key not in self._FREE}
+        return {key: value for key, value in super().identity().items() if key not in self._FREE}
 
 
 @dataclass
@@ -228,10 +262,15 @@ class SearchConfig(LoopConfig):
     reward: str = "exp"
     """"exp": the paper's exp(-loss). "standardized": over the H subnetworks, for losses far above 1."""
     candidates: str | tuple[int, ...] | None = None
-    """Sites that may be skipped: "mha", "ffn", a list of sites, or None for all."""
+    """Sites that may be skipped: "mha", "ffn", "layer", a list of sites, or None for all."""
     reward_batch_size: int = 64
     """Examples of task.search in the batch that the subnetworks share."""
     schedule: str = "constant"
+    draws: str = "uniform"
+    """How subnetworks are drawn: "uniform", the paper's eq. 14, or "multinomial": site after site, none twice, each
+    with a probability proportional to sigma(-s_i)."""
+
+    _ADDED = ("draws",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,6 +279,7 @@ class SearchConfig(LoopConfig):
         self._check(is_int(self.num_subnetworks, 2), "num_subnetworks", "a whole number from 2 up")
         self._check(is_int(self.warmup_steps, 0), "warmup_steps", "a whole number from 0 up")
         self._check(self.reward in REWARDS, "reward", f"one of {REWARDS}")
+        self._check(self.draws in DRAWS, "draws", f"one of {DRAWS}")
         if self.preference_lr is None:
             self.preference_lr = 5.0 if self.reward == "exp" else 1.0
         self._check(is_number(self.preference_lr) and self.preference_lr > 0, "preference_lr", "a number above 0")

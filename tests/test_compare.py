@@ -14,7 +14,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import eas_kit as eas
 from eas_kit import cache, compare
-from eas_kit.arms import CHOICES, Arm, Plan, standard_arms
+from eas_kit.arms import CANDIDATES, CHOICES, GRIDS, LEARNING_RATES, METHODS, Arm, Plan, standard_arms
 from eas_kit.baselines import bottlenecks, full_tuning, language_linears, lora, skip_layers
 from eas_kit.cache import Busy, cached
 from eas_kit.compare import run_arms, summary
@@ -199,6 +199,11 @@ def test_claims_left_by_a_process_of_the_same_number_or_by_none(tmp_path):
 # -- the table -----------------------------------------------------------------------------------------------------
 
 
+def test_every_method_that_trains_has_a_learning_rate_and_a_grid_around_it():
+    assert set(LEARNING_RATES) == set(GRIDS) == set(METHODS) - {"zero_shot"}
+    assert all(LEARNING_RATES[method] in grid and list(grid) == sorted(grid) for method, grid in GRIDS.items())
+
+
 def small_plan(**changes):
     values = {
         "steps": 3,
@@ -216,11 +221,78 @@ def test_standard_arms():
     names = [arm.name for arm in standard_arms((2, 4), ("bandit", "random"))]
     head = ["zero_shot", "full", "lora", "pia"]
     assert names == [*head, "pia k=2 bandit", "pia k=2 random", "pia k=4 bandit", "pia k=4 random"]
-    with pytest.raises(ConfigError, match=r"method: wanted one of .*'pia'.*got 'adapter'"):
-        Arm("adapter")
-    for wrong in (("lora", 2, "random"), ("pia", 2, None), ("pia", 0, "random"), ("pia", 2, "me")):
-        with pytest.raises(ConfigError, match=r"only 'pia' skips, and k above 0 goes with chosen_by"):
+    with pytest.raises(ConfigError, match=r"method: wanted one of .*'pia'.*got 'adapters'"):
+        Arm("adapters")
+    for wrong in (("lora", 2, "random"), ("pia", 2, None), ("pia", 0, "random"), ("pia", 2, "me"), ("das", 2)):
+        with pytest.raises(ConfigError, match=r"only 'pia' and 'das' skip, and k above 0 goes with chosen_by"):
             Arm(*wrong)
+
+
+def test_names_of_arms_tell_all_of_them_apart():
+    ffn = Arm("pia", 2, "bandit", "ffn", {"skip_rank": 16, "parts": "base"})
+    assert ffn.name == "pia k=2 bandit ffn parts=base skip_rank=16"
+    assert ffn.file_name == "pia_k2_bandit_ffn_partsbase_skip_rank16"
+    assert ffn == Arm("pia", 2, "bandit", "ffn", (("parts", "base"), ("skip_rank", 16)))
+    assert Arm("lora", settings={"linears": ["q_proj", "v_proj"]}).name == "lora linears=q_proj+v_proj"
+    assert Arm("das", 2, "random") == Arm("das", 2, "random", "layer")
+    arms = [Arm(method) for method in METHODS]
+    arms += [Arm("pia", 2, choice, wanted) for choice in ("bandit", "random") for wanted in CANDIDATES]
+    arms += [Arm("das", 2, "bandit"), ffn, Arm("mam", settings={"rank": 8}), Arm("mam", settings={"rank": 16})]
+    assert len({arm.name for arm in arms}) == len({arm.file_name for arm in arms}) == len(set(arms)) == len(arms)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"method": "pia", "candidates": "mlp"}, r"candidates: wanted one of .*'mha\+ffn'.*got 'mlp'"),
+        ({"method": "lora", "candidates": "ffn"}, "'lora' skips nothing, so candidates='ffn' says nothing"),
+        ({"method": "pia", "k": 2, "chosen_by": "scorer", "candidates": "mha+ffn"}, "scorers rank sites of one kind"),
+        ({"method": "pia", "settings": {"ranks": 3}}, r"settings of 'pia': wanted some of .*'skip_rank'.*\['ranks'\]"),
+        (
+            {"method": "mam", "settings": {"model": 3}},
+            r"settings of 'mam': wanted some of .*'tokens'\], got \['model'\]",
+        ),
+        ({"method": "zero_shot", "settings": {"rank": 3}}, r"wanted some of \[\], got \['rank'\]"),
+        ({"method": "lora", "settings": {"linears": {"q"}}}, "wanted a dict of plain values"),
+        ({"method": "lora", "settings": 3}, "wanted a dict of plain values"),
+    ],
+)
+def test_arms_that_make_no_sense(wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        Arm(**wrong)
+
+
+def test_settings_are_tried_before_anything_runs(toy_task, tmp_path):
+    made = []
+    with pytest.raises(ConfigError, match=r"EASConfig.skip_rank: wanted .* divisible by groups=2, got 5"):
+        run_arms(toy_task, lambda: made.append(1), [Arm("zero_shot"), Arm("pia", settings={"skip_rank": 5})])
+    assert not made
+
+
+def test_what_an_arm_is_kept_by():
+    """The keys of files that were written before there were other methods than four: they must be found again."""
+    plan = Plan(lora={"rank": 2})
+    assert Arm("pia", 4, "bandit").key() == {"method": "pia", "k": 4, "chosen_by": "bandit"}
+    found = plan.key(Arm("pia", 4, "bandit"))
+    assert set(found) == {"steps", "train", "evaluate", "eas", "search", "tune_on"}
+    assert set(found["eas"]) == {
+        *("skip_rank", "adapt_rank", "groups", "scale", "temperature", "dropout", "kinds", "source"),
+    }
+    assert set(found["search"]) - set(found["train"]) == {
+        *("num_skipped", "num_subnetworks", "warmup_steps", "updates", "train_steps_per_update", "preference_lr"),
+        *("reward", "candidates", "reward_batch_size", "learning_rate", "seed"),
+    }
+    assert plan.key(Arm("lora"))["lora"] == {"rank": 2}
+    assert set(plan.key(Arm("full"))) == {"steps", "train", "evaluate"}
+    assert plan.key(Arm("zero_shot")) == {"zero_shot": {}}
+    # what is new is in the key as soon as it is used
+    assert plan.key(Arm("pia", settings={"parts": "base"}))["eas"]["parts"] == "base"
+    assert plan.key(Arm("prefix")) == plan.key(Arm("full"))
+    assert Plan(methods={"prefix": {"tokens": 3}}).key(Arm("prefix"))["settings"] == {"tokens": 3}
+    assert plan.key(Arm("lora", settings={"rank": 3}))["lora"] == {"rank": 3}
+    assert Plan(latency={"new_tokens": 2}).key(Arm("zero_shot"))["latency"] == {"new_tokens": 2}
+    das = plan.key(Arm("das", 2, "bandit"))["eas"]
+    assert (das["kinds"], das["adapter"]) == (("layer",), "bottleneck")
 
 
 @pytest.mark.slow
