@@ -20,8 +20,8 @@ from .arms import LEARNING_RATES, Plan
 from .compare import run_arms
 from .config import EASConfig, SearchConfig, TrainConfig
 from .errors import EASError, RunError
+from .paper import make_arm, read_tables, row_of, scaled_arm
 from .sites import find_sites
-from .tables import make_arm, read_tables, row_of, scaled_arm
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The command ``eas-kit``: a thin shell over ``runner``, ``sweep``, ``doctor`` and the data sets of ``tasks``.
 
-Exit codes: 0 all went well; 1 a notebook or a run of a sweep failed, the doctor found something missing, or a data set is
-not whole; 2 the command makes no sense as given; 130 interrupted.
+Exit codes: 0 all went well; 1 a notebook or a run of a sweep failed, the doctor found something missing, or a data set
+is not whole; 2 the command makes no sense as given; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,162 +1,27 @@
-"""The paper's tables as data, and what we measured beside them: value, spread over seeds, published value, difference.
+"""What we measured beside the paper's tables: value, spread over seeds, published value, difference.
 
     python -m eas_kit.tables check                 # is data/paper_tables.json whole, and how much of it is known?
 
-    paper = read_tables()
-    found = beside(paper["1"], frame)              # a frame of compare.run_arms with a column `row`
+    found = beside(read_tables()["1"], frame)      # a frame of compare.run_arms with a column `row`
     print(to_markdown(found))
 
-The published figures are of other models and data than the bundled ones: a difference is a number, not a judgement. A
-figure that is not available to us is null in the file, and "not published here" in a table.
+The published figures are of other models and data than the bundled ones: a difference is a number, not a judgement.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arms import Arm
 from .errors import ConfigError
+from .paper import known_cells, read_tables, row_of
 
 if TYPE_CHECKING:
     import pandas
 
-NUMBERS = tuple("12345678")
 UNKNOWN = "not published here"
-_TABLE = ("table", "title", "model", "sites", "stand_in", "stand_in_task", "known", "columns", "rows", "stated")
-_COLUMN = ("column", "unit", "measured", "scale")
-_ROW = ("row", "arm", "cells")
-
-
-def default_path() -> Path:
-    """data/paper_tables.json of the checkout that eas_kit runs from, else of the working folder."""
-    places = [Path(__file__).resolve().parents[1], Path.cwd()]
-    return next((p for p in (place / "data" / "paper_tables.json" for place in places) if p.is_file()), places[0])
-
-
-def read_tables(path: str | Path | None = None) -> dict[str, dict[str, Any]]:
-    """The paper's tables by number ("1" to "8"), each with `paper` and `sources` of the whole file.
-
-    Raises:
-        ConfigError: no such file, or it has faults; the message lists them.
-    """
-    content = _read(path)
-    faults = find_faults(content)
-    if faults:
-        raise ConfigError(f"{path or default_path()} has {len(faults)} faults:\n" + "\n".join(faults))
-    shared = {"paper": content["paper"], "sources": content["sources"]}
-    return {table["table"]: {**table, **shared} for table in content["tables"]}
-
-
-def _read(path: str | Path | None) -> Any:
-    path = Path(path or default_path())
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the paper's tables, {path}, cannot be read ({error}); they are data/paper_tables.json of a checkout"
-        ) from error
-
-
-def find_faults(content: Any) -> list[str]:
-    """What is wrong with the file's content, a line a fault; empty if nothing is."""
-    if not isinstance(content, dict) or content.get("format") != 1:
-        return ["wanted an object with format 1"]
-    faults = [f"no {name!r}" for name in ("paper", "sources", "tables") if not content.get(name)]
-    if faults:
-        return faults
-    faults += [f"paper: no {name!r}" for name in ("arxiv", "version", "title", "rank") if name not in content["paper"]]
-    numbers = [table.get("table") for table in content["tables"]]
-    if numbers != list(NUMBERS):
-        faults.append(f"wanted tables {', '.join(NUMBERS)} in this order, got {', '.join(map(str, numbers))}")
-    for table in content["tables"]:
-        where = f"table {table.get('table')}"
-        missing = [name for name in _TABLE if name not in table]
-        if missing:
-            faults.append(f"{where}: no {', '.join(missing)}")
-            continue
-        columns = [column.get("column") for column in table["columns"]]
-        faults += [
-            f"{where}: column {c} has {sorted(c)}, wanted {_COLUMN}" for c in table["columns"] if set(c) != set(_COLUMN)
-        ]
-        for what, names in (("column", columns), ("row", [row.get("row") for row in table["rows"]])):
-            faults += [f"{where}: two {what}s {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-        for row in table["rows"]:
-            faults += [f"{where}, {fault}" for fault in _faults_of_row(row, columns, content["sources"])]
-        for said in table["stated"]:
-            faults += [f"{where}, stated {fault}" for fault in _faults_of_cell(said, content["sources"])]
-    return faults
-
-
-def _faults_of_row(row: Mapping[str, Any], columns: Sequence[str], sources: Mapping) -> Iterable[str]:
-    if set(row) != set(_ROW):
-        yield f"row {row.get('row')!r}: has {sorted(row)}, wanted {_ROW}"
-        return
-    where = f"row {row['row']!r}"
-    if list(row["cells"]) != list(columns):
-        yield f"{where}: its cells are {', '.join(row['cells'])}; wanted one for every column: {', '.join(columns)}"
-    for name, cell in row["cells"].items():
-        if cell is not None:
-            yield from (f"{where}, {name}: {fault}" for fault in _faults_of_cell(cell, sources))
-    try:
-        make_arm(row["arm"])
-    except (ConfigError, TypeError) as error:
-        yield f"{where}: no arm: {error}"
-
-
-def _faults_of_cell(cell: Any, sources: Mapping) -> Iterable[str]:
-    if (
-        not isinstance(cell, dict)
-        or isinstance(cell.get("value"), bool)
-        or not isinstance(cell.get("value"), int | float)
-    ):
-        yield f"wanted null or {{value: a number, source: ...}}, got {cell!r}"
-    elif cell.get("source") not in sources:
-        yield f"source {cell.get('source')!r} is none of {', '.join(sources)}: a figure says where it was seen"
-
-
-def make_arm(spec: Mapping[str, Any]) -> Arm:
-    """An `Arm` of a row's or a grid's words.
-
-    Raises:
-        ConfigError: the words make no arm.
-    """
-    try:
-        return Arm(**spec)
-    except TypeError as error:
-        raise ConfigError(
-            f"an arm has method, k, chosen_by, candidates and settings; got {dict(spec)} ({error})"
-        ) from None
-
-
-def row_of(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A row by its name. Raises ConfigError, with the rows there are."""
-    for row in table["rows"]:
-        if row["row"] == name:
-            return row
-    known = ", ".join(repr(row["row"]) for row in table["rows"])
-    raise ConfigError(f"table {table['table']} has no row {name!r}; its rows are {known}")
-
-
-def scaled_arm(table: Mapping[str, Any], name: str, sites: int, skip_rank: int, groups: int = 2) -> dict[str, Any]:
-    """The words of a row's arm, for another model than the paper's.
-
-    The share of skipped sites stays: k of 32 becomes the nearest k of `sites` (halves to the even number), 1 at least.
-    So do the ratios of ranks: the paper's 256 is `skip_rank`, rounded to a multiple of `groups`.
-    """
-    arm = dict(row_of(table, name)["arm"])
-    if arm.get("k"):
-        arm["k"] = max(1, round(arm["k"] * sites / table["sites"]))
-    ranks = {"skip_rank", "adapt_rank"} & set(arm.get("settings") or {})
-    if ranks:
-        scale = skip_rank / table["paper"]["rank"]
-        smaller = {r: max(groups, groups * round(arm["settings"][r] * scale / groups)) for r in sorted(ranks)}
-        arm["settings"] = {**arm["settings"], **smaller}
-    return arm
 
 
 def beside(
@@ -165,12 +30,16 @@ def beside(
     """Measured beside published, a line for every row and column of the paper's table.
 
     Args:
-        table: one of `read_tables`.
+        table: one of `paper.read_tables`.
         frame: one line a run, as `compare.run_arms` returns them, with the paper's row in `row` (and, where it holds
-            several tables, its number in `table`). Columns of the paper name what they read: "test_accuracy",
-            "test_columns.NAT" (a key of a dict).
-        costs: what was measured apart from the runs (`eas_kit.measure`), a line a row: a column `row`, and more such
-            columns. They win over the frame's.
+            several tables, its number in `table`).
+        costs: what was measured apart from these runs, in the same form: times want a machine that does nothing else.
+            It fills what the frame leaves open.
+
+    A column of the paper names in `measured` what it reads of a run: a column of the frame, "test_columns.NAT" for a
+    key of a dict in one, or one of these. `final_macs`: multiply-accumulates as the row is used, merged where that is
+    exact and the row is not of the unmerged adapters. `macs_more`: that, less the reference row's. `speed`: the
+    reference row's time for a decoded token over the row's. A column with a `task` is read of runs with that `task`.
 
     Returns:
         Columns table, row, column, unit, measured (mean over runs; NaN where nothing was measured), sd (NaN for one
@@ -181,32 +50,66 @@ def beside(
     """
     import pandas as pd
 
-    if len(frame) and "row" not in frame:
-        raise ConfigError(
-            f"beside: the frame has no column 'row' (the paper's rows); it has {', '.join(frame.columns)}"
-        )
-    if "table" in frame:
-        frame = frame[frame["table"].astype(str) == table["table"]]
-    for name in dict.fromkeys(frame["row"] if len(frame) else ()):
-        row_of(table, name)
+    sources = [_runs_by_row(table, part) for part in (frame, costs) if part is not None]
     lines = []
     for row in table["rows"]:
-        runs = frame[frame["row"] == row["row"]].to_dict("records") if len(frame) else []
-        apart = [] if costs is None else costs[costs["row"] == row["row"]].to_dict("records")
         for column in table["columns"]:
-            values = [_value(run, column["measured"]) for run in apart] or [
-                _value(run, column["measured"]) for run in runs
-            ]
-            if all(math.isnan(value) for value in values):  # not measured apart
-                values = [_value(run, column["measured"]) for run in runs]
-            lines.append(_line(table, row, column, [v * column["scale"] for v in values if not math.isnan(v)]))
+            found = (_measured(table, row, column, runs) for runs in sources)
+            values = next((values for values in found if values), [])
+            lines.append(_line(table, row, column, [value * column["scale"] for value in values]))
     return pd.DataFrame(lines)
 
 
+def _runs_by_row(table: Mapping[str, Any], frame: pandas.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    if not len(frame):
+        return {}
+    if "row" not in frame:
+        raise ConfigError(f"beside: wanted a frame with a column 'row'; this one has {', '.join(frame.columns)}")
+    if "table" in frame:
+        frame = frame[frame["table"].astype(str) == table["table"]]
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for run in frame.to_dict("records"):
+        by_row.setdefault(row_of(table, run["row"])["row"], []).append(run)
+    return by_row
+
+
+def _measured(table: Mapping, row: Mapping, column: Mapping, by_row: Mapping[str, list[dict]]) -> list[float]:
+    """What a column reads of each run of a row; runs that do not hold it are left out."""
+
+    def runs(of: Mapping[str, Any]) -> list[dict]:
+        return [run for run in by_row.get(of["row"], ()) if column.get("task") in (None, run.get("task"))]
+
+    def final(of: Mapping[str, Any], name: str) -> list[float]:
+        return [_final(run, name, not of.get("unmerged")) for run in runs(of)]
+
+    name = column["measured"]
+    if name == "final_macs":
+        found = final(row, "macs")
+    elif name in ("macs_more", "speed"):
+        part = "macs" if name == "macs_more" else "decode_seconds"
+        reference = _mean(_finite(final(row_of(table, table["reference"]), part)))
+        found = [own - reference if name == "macs_more" else reference / own for own in final(row, part)]
+    else:
+        found = [_value(run, name) for run in runs(row)]
+    return _finite(found)
+
+
+def _final(run: Mapping[str, Any], name: str, merged: bool) -> float:
+    found = _value(run, f"merged_{name}") if merged else math.nan
+    return _value(run, name) if math.isnan(found) else found
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 def _line(table: Mapping, row: Mapping, column: Mapping, values: list[float]) -> dict[str, Any]:
-    count, cell = len(values), row["cells"][column["column"]]
-    mean = sum(values) / count if count else math.nan
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1)) if count > 1 else math.nan
+    count, cell, mean = len(values), row["cells"][column["column"]], _mean(values)
+    sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)) if count > 1 else math.nan
     published = math.nan if cell is None else float(cell["value"])
     found = {"table": table["table"], "row": row["row"], "column": column["column"], "unit": column["unit"]}
     found |= {"measured": mean, "sd": sd, "runs": count, "published": published, "difference": mean - published}
@@ -266,12 +169,6 @@ def to_markdown(found: pandas.DataFrame, columns: Sequence[str] | None = None) -
     frame = to_frame(found, columns)
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def known_cells(table: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of a table's cells hold a figure, and how many there are."""
-    cells = [cell for row in table["rows"] for cell in row["cells"].values()]
-    return sum(cell is not None for cell in cells), len(cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def test_the_product_of_the_lists_less_the_excluded_and_the_included_besides(rea
 
 def test_names_and_keys_follow_the_settings_and_the_notebooks_source(read, books):
     text = "run: 01_probe\ngrid: {seed: [0, 1]}\n"
-    first, again = read(text), read("run: 01\ngrid: {seed: [1, 0]}\n")  # order and abbreviation change nothing
+    first, again = read(text), read("run: 01_pr\ngrid: {seed: [1, 0]}\n")  # order and abbreviation change nothing
     assert {job.name for job in first.jobs} == {job.name for job in again.jobs}
     make_book(books, "01_probe", "print('changed')", parameters=BOOK)
     changed = read(text)
@@ -59,7 +59,9 @@ def test_names_and_keys_follow_the_settings_and_the_notebooks_source(read, books
 
 
 def test_runs_of_arms_and_of_a_table_of_the_paper(read):
-    grid = read("run: arms\nfixed: {steps: 5}\ngrid:\n  arm: [{method: full}, {method: pia, k: 4, chosen_by: bandit}]\n")
+    grid = read(
+        "run: arms\nfixed: {steps: 5}\ngrid:\n  arm: [{method: full}, {method: pia, k: 4, chosen_by: bandit}]\n"
+    )
     assert [job.settings["arm"]["method"] for job in grid.jobs] == ["full", "pia"]
     assert grid.jobs[1].name.startswith("pia_4_bandit-")
     grid = read("run: arms\ngrid: {table: [7], seed: [0, 1]}\n")
@@ -79,14 +81,14 @@ def test_runs_of_arms_and_of_a_table_of_the_paper(read):
         ("run: 02_nope\ngrid: {seed: [1]}", "unknown notebook: 02_nope. The notebooks are: 01_probe"),
         ("run: 01_probe", "stands for no run: it has neither `grid` nor `include`"),
         ("run: 01_probe\ngrid: {seed: []}", "`grid: seed` is an empty list"),
-        ("run: 01_probe\ngrid: {seed: 1}", "`grid: seed` is 1, wanted a list of values; a single value stands in `fixed`"),
+        ("run: 01_probe\ngrid: {seed: 1}", "`grid: seed` is 1, wanted a list of values"),
         ("run: 01_probe\nfixed: [1]\ngrid: {seed: [1]}", "`fixed` holds a list, wanted `name: value` lines"),
         ("run: 01_probe\nfixed: {seed: 1}\ngrid: {seed: [1]}", "seed stands in `fixed` and in `grid`"),
         ("run: 01_probe\ngrid: {sead: [1]}", "run 1 of 1: unknown parameter sead; 01_probe has seed, rate, model"),
-        ("run: 01_probe\ngrid: {seed: [1, x]}", "run 2 of 2: 01_probe: parameter seed is 3 by default, so a int is wanted"),
+        ("run: 01_probe\ngrid: {seed: [1, x]}", "run 2 of 2: 01_probe: parameter seed is 3 by default"),
         ("run: 01_probe\ngrid: {run_dir: [x]}", "run_dir is set by the sweep; choose the folder with --out"),
         ("run: 01_probe\ngrid: {seed: [1, 1]}", "two runs have the same settings, {'seed': 1}"),
-        ("run: 01_probe\ngrid: {seed: [1]}\nexclude: [{seed: 1}]", "stands for no run: everything in `grid` is excluded"),
+        ("run: 01_probe\ngrid: {seed: [1]}\nexclude: [{seed: 1}]", "stands for no run: everything in"),
         ("run: 01_probe\ngrid: {seed: [1]}\nexclude: [{seed: 2}]", "`exclude: {'seed': 2}` fits no run of the grid"),
         ("run: 01_probe\ngrid: {seed: [1]}\nexclude: [{rate: 2}]", "`exclude` names rate, which is neither in"),
         ("run: 01_probe\ngrid: {seed: [1]}\ninclude: {seed: 2}", "`include` wants a list of"),
@@ -98,8 +100,7 @@ def test_runs_of_arms_and_of_a_table_of_the_paper(read):
         ("run: arms\ngrid: {table: [1], row: [EAS9]}", "table 1 has no row 'EAS9'; its rows are 'zero-shot'"),
         ("run: arms\nfixed: {stepss: 3}\ngrid: {table: [1]}", "unknown setting stepss; a run of an arm has arm, table"),
         ("run: arms\nfixed: {steps: true}\ngrid: {table: [1]}", "steps is a int; got True, a bool"),
-        ("run: arms\ngrid: {seed: [" + ",".join(map(str, range(101))) + "], steps: [" + ",".join(map(str, range(100))) + "]}",
-         "stands for 10100 runs; more than 10000 are refused"),
+        (f"run: arms\ngrid: {{seed: {[*range(101)]}, steps: {[*range(100)]}}}", "stands for 10100 runs"),
     ],
 )  # fmt: skip
 def test_poor_grids_are_refused(read, text, message):

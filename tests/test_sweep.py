@@ -65,7 +65,7 @@ def test_two_workers_a_failure_among_them_and_going_on(place, capsys):
     assert main(words) == 1
     said = capsys.readouterr().out
     assert "2 at once" in said
-    assert re.search(r"\[\d/3\] seed1-\w+  FAILED in 0:\d\d: RunError: code cell 2: AssertionError: one is not", said)
+    assert re.search(r"\[\d/3\] seed1-\w+  FAILED in 0:\d\d: RunError: code cell 3: AssertionError: one is not", said)
     assert "2 done, 1 FAILED" in said
 
     frame = read_sweep(out).set_index("seed")
@@ -160,12 +160,14 @@ def test_runs_of_arms_are_those_of_the_library(tmp_path):
     assert list(frame["method"]) == ["zero_shot", "pia"]
     assert list(frame["arm"]) == ["zero_shot", "pia k=3 random"]
 
-    base, processor = eas.load_model("tiny")
+    _, processor = eas.load_model("tiny")
     task = eas.load_task("elements", processor, sizes={"val": 3, "test": 5})
     settings = json.loads(json.dumps(dict(read_grid(path).jobs[1].settings)))
     plan = make_plan(ArmRun(**settings), task)
     arm = Arm("pia", 3, "random")
-    alone = run_arms(task, lambda: eas.load_model("tiny")[0], [arm], out_dir=tmp_path / "x", plan=plan, model_name="tiny")
+    alone = run_arms(
+        task, lambda: eas.load_model("tiny")[0], [arm], out_dir=tmp_path / "x", plan=plan, model_name="tiny"
+    )
     for name in ("mask", "test_loss", "val_loss", "trainable", "steps"):
         assert frame.loc[1, name] == alone.loc[0, name], name
     assert not frame["test_loss"].isna().any()
