@@ -21,6 +21,8 @@ import torch
 from .errors import ConfigError, TrainingError
 
 REWARDS = ("exp", "standardized")
+DRAWS = ("uniform", "multinomial")
+_SMALLEST = 1e-300  # of a weight that something is divided by
 _TRIES_PER_MASK = 200  # draws before a distinct mask is forced; see draw_masks
 
 Mask = tuple[int, ...]
@@ -102,13 +104,19 @@ def draw_masks(
     num_masks: int,
     rng: np.random.Generator,
     candidates: Sequence[int] | None = None,
+    draws: str = "uniform",
 ) -> list[Mask]:
     """Distinct masks of k sites, drawn by eq. 14: pi_i ~ Uniform(0, sigma(s_i)), skip the k smallest.
 
+    draws="multinomial": the k are drawn one after the other, none twice, each with a probability proportional to
+    sigma(-s_i) among those that are left.
     If no more than `num_masks` masks of that size exist, all of them come back, in order. If very strong preferences
     give the same few masks again and again, the rest is drawn uniformly, so that there is always something to compare.
     """
-    sigma = _sigmoid(_array(preferences))
+    if draws not in DRAWS:
+        raise ConfigError(f"draws must be one of {', '.join(DRAWS)}; got {draws!r}.")
+    s = _array(preferences)
+    sigma = _sigmoid(-s if draws == "multinomial" else s)
     sites = list(range(sigma.size)) if candidates is None else sorted(int(i) for i in candidates)
     if not 0 <= num_skipped <= len(sites):
         raise ConfigError(f"num_skipped must be between 0 and the {len(sites)} candidate sites; got {num_skipped}.")
@@ -119,7 +127,12 @@ def draw_masks(
     while len(found) < num_masks:
         tries += 1
         upper = sigma if tries <= _TRIES_PER_MASK * num_masks else np.ones_like(sigma)
-        found[lowest(rng.random(sigma.size) * upper, num_skipped, sites)] = None
+        if draws == "multinomial":
+            # exponential races: the first k to finish are k weighted draws without replacement
+            scores = rng.standard_exponential(sigma.size) / np.maximum(upper, _SMALLEST)
+        else:
+            scores = rng.random(sigma.size) * upper
+        found[lowest(scores, num_skipped, sites)] = None
     return list(found)
 
 
@@ -134,6 +147,7 @@ class Bandit:
         reward: "exp" (the paper's) or "standardized"; see `rewards`.
         candidates: sites that may be skipped; None: all. The others are always kept and their preference stays 0.
         seed: of the draws.
+        draws: "uniform" (the paper's) or "multinomial"; see `draw_masks`.
 
     Attributes: `preferences` (L,) float64 tensor; `skipped`, the k candidates of lowest preference; `counts` (L,),
     how often each site was skipped in a comparison; `history`, one dict per update.
@@ -148,7 +162,10 @@ class Bandit:
         reward: str = "exp",
         candidates: Sequence[int] | None = None,
         seed: int = 0,
+        draws: str = "uniform",
     ):
+        if draws not in DRAWS:
+            raise ConfigError(f"draws must be one of {', '.join(DRAWS)}; got {draws!r}.")
         sites = list(range(num_sites)) if candidates is None else sorted({int(i) for i in candidates})
         if any(not 0 <= i < num_sites for i in sites):
             raise ConfigError(f"candidates must be sites between 0 and {num_sites - 1}; got {sites}.")
@@ -165,7 +182,7 @@ class Bandit:
         self.preferences = torch.zeros(num_sites, dtype=torch.float64)
         self.counts = np.zeros(num_sites, dtype=np.int64)
         self.history: list[dict] = []
-        self.rng = np.random.default_rng(seed)
+        self.draws, self.rng = draws, np.random.default_rng(seed)
 
     @property
     def skipped(self) -> Mask:
@@ -177,7 +194,7 @@ class Bandit:
 
     def draw(self, num_masks: int = 1) -> list[Mask]:
         """Distinct masks by the present preferences (eq. 14)."""
-        return draw_masks(self.preferences, self.num_skipped, num_masks, self.rng, self.candidates)
+        return draw_masks(self.preferences, self.num_skipped, num_masks, self.rng, self.candidates, self.draws)
 
     def update(self, loss: Callable[[Mask], float]) -> dict:
         """Draws H subnetworks, asks for their losses on one batch, and moves the preferences (eq. 14-16).

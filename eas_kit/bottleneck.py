@@ -33,6 +33,9 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
+    def route(self, x: Tensor) -> None:
+        """Nothing depends on more than the token at hand."""
+
     def delta(self, x: Tensor, route: None = None) -> Tensor:
         """What is added to x (..., d), in the adapter's dtype."""
         return self.scale * self.up(self.drop(self.activation(self.down(x.to(self.down.weight.dtype)))))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError
+from .pia import PARTS
 
 KINDS = ("mha", "ffn", "layer")
 SOURCES = ("attention_norm", "ffn_norm")
 ADAPTERS = ("pia", "bottleneck")
-PARTS = ("base", "exchange", "frozen")
 POOLS = ("prompt", "sequence")
 
 
@@ -100,6 +100,9 @@ class EASConfig(Config):
     kinds: tuple[str, ...] = ("mha",)
     """Which sub-modules are sites: attentions, feed-forwards, or ("layer",), whole decoder layers. Sites are numbered
     kind after kind, in the order given here."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Paths of modules or parameters of the base model that train beside the adapters and are saved with them (peft's
+    term), in their own dtype; `detach` puts them back. None: what the model's class names, e.g. LaVIN's projection."""
     source: str = "attention_norm"
     """What a skipped attention's adapter reads: "attention_norm" for g2 * PIA(LN1(x)), "ffn_norm" for PIA(LN2(x))."""
     adapter: str = "pia"
@@ -112,12 +115,18 @@ class EASConfig(Config):
     path_factor: float = 0.5
     """Factor of the sum of the two down paths; 1.0: the plain sum."""
 
-    _ADDED = ("adapter", "parts", "pool", "path_factor")
+    _ADDED = ("modules_to_save", "adapter", "parts", "pool", "path_factor")
 
     def __post_init__(self) -> None:
         if isinstance(self.kinds, str):
             self.kinds = (self.kinds,)
         self.kinds = tuple(self.kinds)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = (self.modules_to_save,)
+        if self.modules_to_save is not None:
+            self.modules_to_save = tuple(self.modules_to_save)
+            every = all(isinstance(path, str) and path for path in self.modules_to_save)
+            self._check(every, "modules_to_save", "paths of modules in the base model, or None")
         self._check(is_int(self.groups, 1), "groups", "a whole number from 1 up")
         divides = f"divisible by groups={self.groups}"
         self._check(
@@ -147,6 +156,10 @@ class EASConfig(Config):
         self._check(self.adapter in ADAPTERS, "adapter", f"one of {ADAPTERS}")
         self._check(self.parts in PARTS, "parts", f"one of {PARTS}")
         self._check(self.pool in POOLS, "pool", f"one of {POOLS}")
+        if self.pool == "sequence" and self.parts != "frozen":
+            raise ConfigError(
+                f'EASConfig: pool="sequence" is about the frozen mean of a prompt, which parts={self.parts!r} has not'
+            )
         self._check(is_number(self.path_factor), "path_factor", "a finite number")
 
 

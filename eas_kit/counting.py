@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import merging
+from .bottleneck import Bottleneck
+from .config import KINDS
 from .errors import ConfigError
 from .masks import check_mask
 from .meta import meta_model, read_config
@@ -35,7 +37,8 @@ def parameters(net: nn.Module | Any) -> dict[str, Any]:
 
     total, trainable (requires a gradient) and `share` = trainable / total; `language_model`: the decoder with its
     embeddings and head, without vision parts and adapters. For an EASModel also `adapters`: all of them by kind
-    ("skip", "keep"); `active`: those that the present mask uses; `active_share` = active / language_model, the
+    ("skip", "keep"); `active`: those that the present mask uses, and the parts of the base that train beside them
+    (`EASConfig.modules_to_save`); `active_share` = active / language_model, the
     paper's "trainable parameters" (section 4.1), as the adapters that a mask does not use need not be kept.
     """
     if not isinstance(net, nn.Module):
@@ -56,6 +59,8 @@ def parameters(net: nn.Module | Any) -> dict[str, Any]:
     active = defaultdict(int)
     for name, adapter in net.active_adapters().items():
         active[name.split(".")[-1]] += _count(adapter.parameters())
+    if net.trained_parts.parameters:
+        active["modules_to_save"] = _count(net.trained_parts.parameters)
     used = sum(active.values())
     return found | {
         "adapters": dict(every),
@@ -72,13 +77,18 @@ def _count(tensors: Iterable[nn.Parameter]) -> int:
 
 
 def flops(
-    target: Any, inputs: Mapping[str, torch.Tensor] | int | None = None, mask: Iterable[int] = (), *, tokens: int = 262
+    target: Any,
+    inputs: Mapping[str, torch.Tensor] | int | None = None,
+    mask: Iterable[int] = (),
+    *,
+    tokens: int = 262,
+    kind: str = "mha",
 ) -> dict[str, int]:
     """Multiply-accumulates by part of the decoder layers, and their "total".
 
     `flops(config_or_model, tokens=262, mask=())`: of one sequence of that many tokens, by the configuration alone (or
     the name of one, see `eas_kit.meta.read_config`): nothing is loaded or computed (meta device). `mask`: attentions
-    merged away, which then cost nothing.
+    merged away, which then cost nothing; of `kind` "ffn" or "layer", feed-forwards or whole layers left out.
     `flops(net, inputs)`: of one forward of `net` as it stands (its mask, its adapters, merged or not) on a batch.
 
     Parts: attention_projections (q, k, v, o), attention_scores (QK and the weighted sum of V, over all pairs of
@@ -98,7 +108,9 @@ def flops(
     embeddings = torch.empty(1, tokens, width, device="meta")
     # A ready 4-D mask: the model would look into a 2-D one, and there is nothing to look at on the meta device.
     visible = torch.empty(1, 1, tokens, tokens, device="meta")
-    with skipping(decoder, mha=mask):
+    if kind not in KINDS:
+        raise ConfigError(f"flops: kind: wanted one of {KINDS}, got {kind!r}")
+    with skipping(decoder, mha=() if kind == "ffn" else mask, ffn=() if kind == "mha" else mask):
         return count_flops(decoder, lambda: decoder(inputs_embeds=embeddings, attention_mask=visible, use_cache=False))
 
 
@@ -165,7 +177,8 @@ def _scores_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: 
 def _labelled_adapters(ledger: _Ledger) -> Iterator[None]:
     # Adapters run inside of the attentions and norms they stand in for, and not always through __call__; condensed ones
     # do so too, and folding is their cost.
-    methods = {(PIA, name): getattr(PIA, name) for name in ("route", "delta", "factors", "shared_factors")}
+    methods = {(PIA, name): getattr(PIA, name) for name in ("route", "running", "delta", "factors", "shared_factors")}
+    methods[Bottleneck, "delta"] = Bottleneck.delta
     methods |= {(LowRank, "__call__"): LowRank.__call__, (merging, "fold_linear"): merging.fold_linear}
 
     def labelled(method: Callable) -> Callable:

@@ -34,6 +34,7 @@ from .errors import MergeError, UnsupportedModelError
 from .families import ATTENTION_READERS, FFN_READERS, matrix, readers
 from .pia import PIA, Factors, Route, no_autocast
 from .prompt import has_route
+from .sites import LEAVE_NO_LINEAR
 from .slots import LowRank, StandIn, place, restore
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Target:
 
 def merge_target(net: EASModel, seat: Seat) -> Target:
     """What takes in this layer's adapter."""
-    site = seat.sites["mha"]
+    site = seat.site
     names, gain, shift = site.names, None, None
     if seat.role == "skip":
         parent, table = getattr(seat.layer, names.ffn), FFN_READERS
@@ -161,12 +162,19 @@ def check_foldable(net: EASModel) -> None:
 
 
 def check_attentions_only(net: EASModel) -> None:
-    """MergeError if the mask holds a feed-forward."""
+    """MergeError if the mask holds anything but attentions, or if the adapters are no affine maps."""
+    config = net.config
+    if config.adapter != "pia" or config.parts != "frozen":
+        name, value = ("parts", config.parts) if config.adapter == "pia" else ("adapter", config.adapter)
+        raise MergeError(
+            f"cannot merge: with EASConfig({name}={value!r}) an adapter is no affine map of its input, not even"
+            ' after the prompt; run unmerged, or attach with adapter="pia" and parts="frozen"'
+        )
     for site in net.sites:
-        if site.kind == "ffn" and site.index in net.mask:
+        if site.kind in LEAVE_NO_LINEAR and site.index in net.mask:
             raise MergeError(
-                f"cannot merge: site {site.index} ({site.path}) is a skipped feed-forward, which leaves no linear to"
-                " fold its adapter into; mask attentions only, or run unmerged"
+                f"cannot merge: site {site.index} ({site.path}) is a skipped {LEAVE_NO_LINEAR[site.kind]}, which leaves"
+                " no linear to fold its adapter into; mask attentions only, or run unmerged"
             )
 
 
@@ -178,7 +186,7 @@ def routes_of(net: EASModel, cache: Cache) -> dict[int, Route]:
             continue
         if not has_route(cache, seat.layer_idx) or seat.role not in cache.layers[seat.layer_idx].routes:
             raise MergeError(
-                f"cannot merge: the cache knows no prompt for site {seat.sites['mha'].index}; prefill with this net and"
+                f"cannot merge: the cache knows no prompt for site {seat.site.index}; prefill with this net and"
                 " mask first (net.prefill(**inputs).past_key_values)"
             )
         routes[seat.layer_idx] = cache.layers[seat.layer_idx].routes[seat.role]

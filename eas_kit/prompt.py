@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
 from .errors import PromptError
+from .pia import Running
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -45,10 +46,10 @@ def name_cache(kwargs: dict[str, Any], parameters: Collection[str]) -> None:
 
 
 class PromptState:
-    """Marks an entry of a KV cache that has `routes`: "skip", "keep" or "ffn" to the Route of that adapter."""
+    """Marks an entry of a KV cache that has `routes`: what that adapter keeps, by "skip", "keep" or "ffn"."""
 
     __slots__ = ()
-    routes: dict[str, Route]
+    routes: dict[str, Route | Running]
     length: Tensor | None
     """(B,) positions of the prompts that the routes were read from."""
 
@@ -76,6 +77,14 @@ def with_state(cls: type) -> type:
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
             self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+        def crop(self, max_length: int) -> None:
+            if any(isinstance(route, Running) for route in self.routes.values()):
+                raise PromptError(
+                    'adapters with parts="exchange" keep a running mean of all positions, from which none can be taken'
+                    " back: no assisted decoding, no prompt lookup, no cache.crop"
+                )
+            super().crop(max_length)
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)

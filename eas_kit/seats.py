@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bottleneck import Bottleneck
 from .config import EASConfig
 from .errors import ConfigError, UnsupportedModelError
 from .families import takes_keywords
@@ -19,6 +20,7 @@ from .slots import (
     BeforeFeedForward,
     BeforeMerged,
     Desk,
+    LastOfLayer,
     LowRank,
     NoAttention,
     NoFeedForward,
@@ -26,6 +28,7 @@ from .slots import (
     SkippedFeedForward,
     SkippedNorm,
     StandIn,
+    UnreadNorm,
     place,
     restore,
 )
@@ -42,8 +45,14 @@ class Seat:
         self.placed: list[str] = []  # slots that hold a stand-in
         self.handles: list[Any] = []
         self.role: str | None = None  # "skip" or "keep": which adapter is at work at the attention
-        self.pia: PIA | None = None  # that adapter
+        self.pia: PIA | Bottleneck | None = None  # that adapter
+        self.reads = False  # the adapters at work keep something of the prompt
         self.takes_keywords = takes_keywords(layer)
+
+    @property
+    def site(self) -> Site | None:
+        """The site whose adapter stands in for the attention (and, of a layer, the rest) or before it."""
+        return self.sites.get("mha") or self.sites.get("layer")
 
     @property
     def active(self) -> bool:
@@ -53,7 +62,7 @@ class Seat:
     @property
     def reads_prompt(self) -> bool:
         """True if an adapter will read the prompt now: not in a block of `skipping` that took the attention away."""
-        return self.active and not isinstance(getattr(self.layer, self.names.attention), NoAttention)
+        return self.active and self.reads and not isinstance(getattr(self.layer, self.names.attention), NoAttention)
 
     def check_free(self) -> None:
         """Raises ConfigError if a block of `skipping` holds one of the slots."""
@@ -68,19 +77,25 @@ class Seat:
     def fill(self, mask: tuple[int, ...], adapters: nn.ModuleDict, config: EASConfig) -> None:
         """Put in place what `mask` asks for."""
         self.clear()
-        layer, names, mha, ffn = self.layer, self.names, self.sites.get("mha"), self.sites.get("ffn")
-        if mha and mha.index in mask:
-            self.role, self.pia = "skip", adapters[str(mha.index)]["skip"]
+        layer, names, site, ffn = self.layer, self.names, self.site, self.sites.get("ffn")
+        if site and site.index in mask:
+            self.role, self.pia = "skip", adapters[str(site.index)]["skip"]
             source = config.source if names.norm_ffn else "attention_norm"  # both are the one norm of a parallel layer
-            shared = (self.pia, self.desk, source)
+            shared = (self.pia, self.desk, "layer" if site.kind == "layer" else source)
             self._place(names.attention, SkippedAttention(getattr(layer, names.attention), self.layer_idx, *shared))
-            if names.norm_ffn:
-                self._place(names.norm_ffn, SkippedNorm(getattr(layer, names.norm_ffn), mha.gain_offset, *shared))
-        elif mha and config.adapt_rank:
-            self.role, self.pia = "keep", adapters[str(mha.index)]["keep"]
+            norm = getattr(layer, names.norm_ffn) if names.norm_ffn else None
+            if site.kind == "layer":
+                self._place(names.ffn, LastOfLayer(getattr(layer, names.ffn), self.desk, site.returns_tuple))
+                if norm is not None:
+                    self._place(names.norm_ffn, UnreadNorm(norm))
+            elif norm is not None:
+                self._place(names.norm_ffn, SkippedNorm(norm, site.gain_offset, *shared))
+        elif site and config.adapt_rank:
+            self.role, self.pia = "keep", adapters[str(site.index)]["keep"]
         if ffn and ffn.index in mask:
             feed_forward, pia = getattr(layer, names.ffn), adapters[str(ffn.index)]["skip"]
             self._place(names.ffn, SkippedFeedForward(feed_forward, pia, self.desk, ffn.returns_tuple))
+        self.reads = config.adapter == "pia" and config.parts != "base"
         self.hook()
 
     def _place(self, slot: str, stand_in: StandIn) -> None:
@@ -95,7 +110,7 @@ class Seat:
         self._before(layer, self._deliver)
         if names.attention not in self.placed:
             self._before(getattr(layer, names.attention), BeforeAttention(self.layer_idx, self.pia, self.desk))
-        elif names.norm_ffn is None:
+        elif names.norm_ffn is None and names.ffn not in self.placed:
             self._before(getattr(layer, names.ffn), BeforeFeedForward(self.desk))
 
     def _deliver(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -158,10 +173,18 @@ def make_seats(base: nn.Module, sites: list[Site], prompt: Callable[[], Tensor |
 
 def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.ModuleDict:
     """Adapters for all sites, by site number and then "skip" or "keep", on the devices of their layers."""
-    shape = {name: getattr(config, name) for name in ("groups", "scale", "temperature", "dropout")}
+    shared = {name: getattr(config, name) for name in ("scale", "dropout")}
+    names = ("groups", "temperature", "parts", "path_factor")
+    shape = shared | {name: getattr(config, name) for name in names}
+
+    def make(width: int, rank: int, paths: int) -> nn.Module:
+        if config.adapter == "bottleneck":
+            return Bottleneck(width, rank, **shared)
+        return PIA(width, rank, **shape, paths=paths)
+
     adapters = nn.ModuleDict()
     for site in sites:
-        if site.hidden_size % config.groups:
+        if site.hidden_size % config.groups and config.adapter == "pia":
             raise ConfigError(f"EASConfig.groups={config.groups} must divide the model's width {site.hidden_size}")
         if site.kind == "mha" and site.gain_offset is None and config.source == "attention_norm":
             raise UnsupportedModelError(
@@ -171,9 +194,9 @@ def make_adapters(base: nn.Module, sites: list[Site], config: EASConfig) -> nn.M
         layer = base.get_submodule(site.layer_path)
         weight, device = next(layer.parameters()), where_it_runs(layer)
         with device if device.type == "meta" else nullcontext():  # half a GB at 7 B that nobody would look at
-            roles = nn.ModuleDict({"skip": PIA(site.hidden_size, config.skip_rank, **shape)})
-            if site.kind == "mha" and config.adapt_rank:
-                roles["keep"] = PIA(site.hidden_size, config.adapt_rank, **shape, paths=1)
+            roles = nn.ModuleDict({"skip": make(site.hidden_size, config.skip_rank, 2)})
+            if site.kind != "ffn" and config.adapt_rank:
+                roles["keep"] = make(site.hidden_size, config.adapt_rank, 1)
         # half precision is too coarse for the small steps of an optimiser: train in float32, cast after if wanted
         wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         adapters[str(site.index)] = roles.to(device=device, dtype=wide)

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     import pandas
 
 
+LEAVE_NO_LINEAR = {"ffn": "feed-forward", "layer": "layer"}
+
+
 @dataclass(frozen=True)
 class Site:
-    """One skippable sub-module. `index` is the number used in masks; `layer` counts decoder layers; both from 0."""
+    """One skippable sub-module; of kind "layer" a whole decoder layer.
+
+    `index` is the number used in masks; `layer` counts decoder layers; both from 0.
+    """
 
     index: int
     kind: str
@@ -45,7 +51,7 @@ class Site:
     @property
     def slot(self) -> str:
         """Name of the sub-module inside its decoder layer."""
-        return self.names.attention if self.kind == "mha" else self.names.ffn
+        return self.names.ffn if self.kind == "ffn" else self.names.attention
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -116,7 +122,8 @@ def _survey(model: nn.Module) -> tuple[str, list[tuple[int, nn.Module, _Fit | st
 def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site]:
     """All sites of the model, kind after kind in the order of `kinds`, layer after layer within a kind.
 
-    With L layers and kinds ("mha", "ffn"), sites 0..L-1 are the attentions and L..2L-1 the feed-forwards. Layers that
+    With L layers and kinds ("mha", "ffn"), sites 0..L-1 are the attentions and L..2L-1 the feed-forwards; of kind
+    "layer" a site is both together, with the norms between them. Layers that
     do not fit (linear attention, convolution, cross-attention) have no sites and no numbers; `describe` lists them.
     Raises UnsupportedModelError for a model in which no layer fits, ConfigError for an unknown kind.
     """
@@ -138,14 +145,14 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
                 if type(norm) not in offsets:
                     offsets[type(norm)] = gain_offset(norm, width)
                 offset = offsets[type(norm)]
-            slot = names.attention if kind == "mha" else names.ffn
+            own = {"mha": f".{names.attention}", "ffn": f".{names.ffn}", "layer": ""}[kind]
             sites.append(
                 Site(
                     index=len(sites),
                     kind=kind,
                     layer=number,
                     layer_idx=getattr(getattr(layer, names.attention), "layer_idx", number),
-                    path=f"{path}.{number}.{slot}",
+                    path=f"{path}.{number}{own}",
                     layer_path=f"{path}.{number}",
                     names=names,
                     hidden_size=width,
@@ -158,8 +165,8 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
 
 def merge_problem(model: nn.Module, site: Site, *, data: bool = True) -> str:
     """Why the adapters at this site cannot be folded into weights; "" if they can. `data` as in `readers`."""
-    if site.kind == "ffn":
-        return "a skipped feed-forward leaves no linear to fold its adapter into"
+    if site.kind in LEAVE_NO_LINEAR:
+        return f"a skipped {LEAVE_NO_LINEAR[site.kind]} leaves no linear to fold its adapter into"
     if site.gain_offset is None:
         return f"{site.names.norm_ffn} is more than a gain and a bias"
     layer = unwrap(model).get_submodule(site.layer_path)

@@ -2,7 +2,8 @@
 
 A stock layer computes x + Attention(LN1(x)), then x + FFN(LN2(x)). With zeros in the attention's slot and, in the slot
 of LN2, a module that returns g2 * PIA(LN1(x)), the same code computes x + FFN(g2 * PIA(LN1(x))): the skipped layer of
-the paper, whatever else the model's family does around it. A norm with a bias b2 adds it after the gain; a parallel
+the paper, whatever else the model's family does around it. With what an adapter adds in the feed-forward's slot as
+well, x + A(LN1(x)), the layer is skipped whole. A norm with a bias b2 adds it after the gain; a parallel
 layer, x + Attention(n) + FFN(n), has no norm in between, and its feed-forward takes PIA(n) as it is.
 """
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from .bottleneck import Bottleneck
 from .errors import ConfigError, MergeError, PromptError
-from .pia import PIA, Route
+from .pia import PIA, Route, Running
 from .prompt import PromptState, find_cache, kept_state, skipped_state
 from .sites import find_sites, unwrap
 
@@ -171,19 +173,29 @@ class Desk:
     def clear(self) -> None:
         self.value, self.prompt, self.state = None, ABSENT, None
 
-    def route(self, key: str, pia: PIA, n: Tensor) -> Route:
+    def route(self, key: str, pia: PIA | Bottleneck, n: Tensor) -> Route | None:
         """The adapter's route: read from the prompt at prefill, looked up in the cache after."""
+        if not pia.reads_prompt:
+            return pia.route(n)
+        if pia.parts == "exchange" and (self.prompt is not None or self._known(key)):
+            route, self.state.routes[key] = pia.running(n, self.prompt, self._known(key))
+            if self.prompt is not None:
+                self.state.length = self.prompt.sum(dim=1)
+            return route
         if self.prompt is not None:
             route = pia.route(pia.mean(n, self.prompt))
             self.state.routes[key], self.state.length = route, self.prompt.sum(dim=1)
             return route
-        route = self.state.routes.get(key) if self.state is not None else None
+        route = self._known(key)
         if route is None:
             raise PromptError(
                 "a decoding step with a KV cache that knows no prompt for this adapter: the cache was filled without"
                 " the adapters or under another mask; prefill again with a new cache"
             )
         return route
+
+    def _known(self, key: str) -> Route | Running | None:
+        return self.state.routes.get(key) if self.state is not None else None
 
 
 class LowRank:
@@ -212,9 +224,12 @@ class LowRank:
 
 
 class SkippedAttention(StandIn):
-    """Adds nothing to the residual stream; hands PIA(n) (merged: n itself) to the feed-forward's entrance."""
+    """Adds nothing to the residual stream; hands PIA(n) (merged: n itself) to the feed-forward's entrance.
 
-    def __init__(self, original: nn.Module, layer_idx: int, pia: PIA, desk: Desk, source: str) -> None:
+    With source "layer" it is PIA(n) - n, for the exit of a feed-forward that is skipped along.
+    """
+
+    def __init__(self, original: nn.Module, layer_idx: int, pia: PIA | Bottleneck, desk: Desk, source: str) -> None:
         super().__init__(original)
         self.layer_idx, self.desk, self.source = layer_idx, desk, source
         self.adapter = (pia,)  # in a tuple: owned by the adapters' container, not by the base model
@@ -228,9 +243,10 @@ class SkippedAttention(StandIn):
             return torch.zeros_like(n), None
         desk.receive(kwargs)
         desk.state = state
-        if self.source == "attention_norm":
+        if self.source != "ffn_norm":
             (pia,) = self.adapter
-            desk.value = pia(n, route=desk.route("skip", pia, n))
+            route = desk.route("skip", pia, n)
+            desk.value = pia.delta(n, route).to(n.dtype) if self.source == "layer" else pia(n, route=route)
         return torch.zeros_like(n), None
 
 
@@ -276,6 +292,25 @@ class SkippedNorm(StandIn):
             return self.merged(n)
         (pia,) = self.adapter
         return pia(n, route=self.desk.route("skip", pia, n))
+
+
+class UnreadNorm(StandIn):
+    """The norm before the feed-forward of a layer that is skipped whole: nobody reads it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class LastOfLayer(StandIn):
+    """In place of the feed-forward of a layer that is skipped whole: what its adapter adds to the residual stream."""
+
+    def __init__(self, original: nn.Module, desk: Desk, returns_tuple: bool) -> None:
+        super().__init__(original)
+        self.desk, self.returns_tuple = desk, returns_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        delta = self.desk.take()
+        return (delta, None) if self.returns_tuple else delta
 
 
 class SkippedFeedForward(StandIn):

@@ -156,7 +156,7 @@ def search(
         raise TrainingError("task.search has no examples, so there is nothing to reward subnetworks with.")
     kinds = [site.kind for site in net.sites]
     candidates = candidate_sites(config.candidates, kinds)
-    attentions = {i for i, kind in enumerate(kinds) if kind == "mha"}
+    attentions = {i for i, kind in enumerate(kinds) if kind != "ffn"}
     may_go = set(range(len(kinds)) if candidates is None else candidates)
     if attentions and attentions <= may_go and len(attentions) <= config.num_skipped < len(may_go):
         raise ConfigError(
@@ -172,6 +172,7 @@ def search(
         config.reward,
         candidates,
         config.seed,
+        config.draws,
     )
     held_out = Order(len(task.search), config.seed, purpose=1)
     about = _about(net, task)
@@ -220,7 +221,7 @@ def _about(net: nn.Module, task) -> dict[str, Any]:
     """What a resumed run must share with the first besides its settings."""
     found = {"task": getattr(task, "name", None), "model": type(unwrap(net)).__name__}
     if hasattr(net, "adapters"):
-        found |= {f"adapters.{name}": value for name, value in net.config.to_dict().items()}
+        found |= {f"adapters.{name}": value for name, value in net.config.identity().items()}
     return found
 
 

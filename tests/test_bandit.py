@@ -136,6 +136,41 @@ def test_draws_follow_eq_14():
     assert abs(share - 2 / 3) < 0.025  # three standard deviations
 
 
+def test_multinomial_draws_are_weighted_and_without_replacement():
+    # sigma(-s) = 1/2, 1/4, 1/4. First 0, then 1: 1/2 * 1/2; first 1, then 0: 1/4 * 2/3; together {0, 1}: 5/12, the
+    # same for {0, 2}, and {1, 2}: 2 * 1/4 * 1/3 = 1/6. By eq. 14 it would be otherwise.
+    s, rng = [0.0, math.log(3), math.log(3)], np.random.default_rng(2)
+    seen = [draw_masks(s, 2, 1, rng, draws="multinomial")[0] for _ in range(6000)]
+    for mask, share in (((0, 1), 5 / 12), ((0, 2), 5 / 12), ((1, 2), 1 / 6)):
+        assert abs(seen.count(mask) / 6000 - share) < 0.02  # three standard deviations
+    # by eq. 14 {1, 2} is left where pi_0 is the largest: E[(pi_0 / 0.75)^2] with pi_0 ~ U(0, 0.5) is 4 / 27
+    uniform = [draw_masks(s, 2, 1, rng)[0] for _ in range(6000)]
+    assert abs(uniform.count((1, 2)) / 6000 - 4 / 27) < 0.014
+    bandit = Bandit(7, 2, candidates=[1, 3, 4, 6], seed=2, draws="multinomial")
+    bandit.preferences += torch.tensor([0.0, 400.0, 0.0, -400.0, 0.0, 0.0, 900.0])  # weights of 0 and 1
+    masks = bandit.draw(3)
+    assert len(set(masks)) == 3
+    assert set().union(*masks) <= {1, 3, 4, 6}
+    with pytest.raises(ConfigError, match="draws must be one of uniform, multinomial; got 'softmax'"):
+        Bandit(7, 2, draws="softmax")
+    with pytest.raises(ConfigError, match="draws must be one of"):
+        draw_masks(s, 2, 1, rng, draws="softmax")
+
+
+def test_raising_what_was_kept_is_lowering_what_was_skipped():
+    """Advantages sum to zero, so a preference for keeping a site and one for skipping it are each other's negative."""
+    rng = np.random.default_rng(5)
+    s, losses = rng.normal(size=7), rng.uniform(0.1, 2, size=4)
+    masks = [tuple(sorted(rng.choice(7, size=3, replace=False))) for _ in losses]
+    advantage = np.exp(-losses) - np.exp(-losses).mean()
+    to_skip = -s
+    for h, mask in enumerate(masks):
+        for i in mask:
+            sigma = 1 / (1 + math.exp(s[i]))
+            to_skip[i] += 0.7 * advantage[h] * sigma * (1 - sigma)
+    np.testing.assert_allclose(update_preferences(s, masks, losses, 0.7), -to_skip, rtol=0, atol=1e-14)
+
+
 def test_random_masks_are_uniform_and_within_the_candidates():
     bandit = Bandit(7, 2, candidates=[1, 3, 4, 6], seed=2)
     seen = [bandit.random_mask() for _ in range(1200)]
