@@ -49,7 +49,7 @@ class ArmRun:
     search: dict[str, Any] = field(default_factory=dict)
     """More of `SearchConfig`."""
     plan: dict[str, Any] = field(default_factory=dict)
-    """More of `Plan`: lora, tune_on, score_limit ..."""
+    """More of `Plan`: lora, methods, tune_on, latency ..."""
     evaluate: dict[str, Any] = field(default_factory=lambda: {"batch_size": 100})
     val_limit: int | None = 100
     test_limit: int | None = 300
@@ -89,6 +89,7 @@ def expand(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
             "a run has either an `arm`, or a `table` of the paper with or without a `row`; got " + repr(settings)
         )
     try:
+        _check_nested(settings)
         if given == ["arm"]:
             make_arm(settings["arm"])
             return [settings]
@@ -101,6 +102,22 @@ def expand(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise
     except EASError as error:
         raise RunError(str(error)) from None
+
+
+def _check_nested(settings: Mapping[str, Any]) -> None:
+    """Names and values inside of `search`, `plan` and `learning_rates`, as far as they can be known without a model."""
+    for name, known in (
+        ("search", {f.name for f in fields(SearchConfig)} - {"num_skipped", "seed"}),
+        ("plan", {f.name for f in fields(Plan)} - {"steps", "train", "eas", "search", "evaluate"}),
+        ("learning_rates", set(LEARNING_RATES)),
+    ):
+        unknown = sorted(set(settings.get(name) or {}) - known)
+        if unknown:
+            raise RunError(f"{name}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    given = {name: settings[name] for name in ("batch_size", "mixed_precision") if name in settings}
+    SearchConfig(**given | (settings.get("search") or {}))
+    shapes = {name: settings[name] for name in ("skip_rank", "adapt_rank", "dropout") if name in settings}
+    EASConfig(**shapes)
 
 
 def run_arm(settings: Mapping[str, Any], folder: str | Path, log: Callable[[str], Any] = print) -> dict[str, Any]:
@@ -153,9 +170,6 @@ def make_plan(run: ArmRun, task: Any) -> Plan:
         "zero_shot": {"method": "options"} if closed else {},  # an untuned model does not know the answers' form
         "score_limit": run.val_limit,
     }
-    wrong = sorted(set(run.plan) - {f.name for f in fields(Plan)})
-    if wrong:
-        raise RunError(f"plan: unknown {', '.join(wrong)}; a plan has {', '.join(f.name for f in fields(Plan))}")
     return Plan(**(options | run.plan))
 
 

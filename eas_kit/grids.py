@@ -190,7 +190,7 @@ def _slug(varied: Mapping[str, Any]) -> str:
     for name, value in varied.items():
         if isinstance(value, Mapping):
             parts.append("_".join(str(v) for v in value.values() if not isinstance(v, Mapping | list)))
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) or str(value).isdigit():
             parts.append(f"{name}{value}")
         else:
             parts.append(str(value))

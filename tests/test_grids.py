@@ -100,6 +100,11 @@ def test_runs_of_arms_and_of_a_table_of_the_paper(read):
         ("run: arms\ngrid: {table: [1], row: [EAS9]}", "table 1 has no row 'EAS9'; its rows are 'zero-shot'"),
         ("run: arms\nfixed: {stepss: 3}\ngrid: {table: [1]}", "unknown setting stepss; a run of an arm has arm, table"),
         ("run: arms\nfixed: {steps: true}\ngrid: {table: [1]}", "steps is a int; got True, a bool"),
+        ("run: arms\nfixed: {search: {update: 3}}\ngrid: {table: [1]}", "search: unknown update; known are batch_size"),
+        ("run: arms\nfixed: {search: {updates: -3}}\ngrid: {table: [1]}", "SearchConfig.updates: wanted"),
+        ("run: arms\nfixed: {plan: {step: 3}}\ngrid: {table: [1]}", "plan: unknown step; known are"),
+        ("run: arms\nfixed: {learning_rates: {ful: 0.1}}\ngrid: {table: [1]}", "learning_rates: unknown ful; known"),
+        ("run: arms\nfixed: {skip_rank: 7}\ngrid: {table: [1]}", "EASConfig.skip_rank: wanted a whole number"),
         (f"run: arms\ngrid: {{seed: {[*range(101)]}, steps: {[*range(100)]}}}", "stands for 10100 runs"),
     ],
 )  # fmt: skip

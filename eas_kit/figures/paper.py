@@ -54,8 +54,8 @@ def redundancy_and_accuracy(
     Args:
         probe: one row a mask, as `probe_redundancy` makes its frame; columns `kind`, `num_skipped` (or `k`),
             `accuracy`.
-        arms: one row a run of `compare.run_arms`; columns `candidates`, `k`, `<split>_accuracy`. Of runs of "pia" those of
-            the bandit are drawn, if there are any; runs with k = 0 belong to every kind.
+        arms: one row a run of `compare.run_arms`; columns `candidates`, `k`, `<split>_accuracy`. Of runs of "pia" those
+            of the bandit are drawn, if there are any; runs with k = 0 belong to every kind.
         dense: the untuned model's accuracy with nothing skipped.
 
     Raises:
@@ -126,8 +126,8 @@ def skipped_sites(
     """Which sites are skipped: a row a run, a column a site, a panel a kind; dark cells are skipped (cf. Fig. 4).
 
     Args:
-        runs: columns `mask` (zero-based sites), `arm` (or `row`, `task`), and perhaps `seed`, `candidates`. Runs without
-            a mask are left out.
+        runs: columns `mask` (zero-based sites), `arm` (or `row`, `task`), and perhaps `seed`, `candidates`. Runs with an
+            empty mask are left out.
         num_layers: layers of the model; of a model with attentions alone as sites, their number.
         site_kinds: the kind of every site, where sites are not the attentions of a decoder (and its feed-forwards after
             them, in runs with candidates "ffn" or "mha+ffn").
@@ -217,7 +217,7 @@ def _by_kind(
 
 
 def _label(line: Mapping[str, Any], name: str) -> str:
-    seed = f", seed {line['seed']}" if line.get("seed") is not None else ""
+    seed = f", seed {line['seed']}" if "seed" in line else ""
     return f"{arm_name(line[name])}{seed}"
 
 
