@@ -147,7 +147,8 @@ def run_arm(settings: Mapping[str, Any], folder: str | Path, log: Callable[[str]
         log=log,
     )
     (row,) = frame.to_dict("records")
-    return {"table": run.table, "row": run.row, "words": dict(words), **row}
+    named = {"table": run.table, "row": run.row, "model": run.model, "task": run.task}
+    return {**named, "words": dict(words), **row}
 
 
 def make_plan(run: ArmRun, task: Any) -> Plan:

@@ -126,8 +126,8 @@ def skipped_sites(
     """Which sites are skipped: a row a run, a column a site, a panel a kind; dark cells are skipped (cf. Fig. 4).
 
     Args:
-        runs: columns `mask` (zero-based sites), `arm` (or `row`, `task`), and perhaps `seed`, `candidates`. Runs with an
-            empty mask are left out.
+        runs: columns `mask` (zero-based sites), `arm` (or `row`, `task`), and perhaps `seed`, `candidates`. Runs with
+            an empty mask are left out.
         num_layers: layers of the model; of a model with attentions alone as sites, their number.
         site_kinds: the kind of every site, where sites are not the attentions of a decoder (and its feed-forwards after
             them, in runs with candidates "ffn" or "mha+ffn").
