@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from eas_kit.arm_runs import ArmRun
 from eas_kit.compare import COLUMNS
 from eas_kit.report import machine, plain, versions, write_json
 from eas_kit.sweep import read_sweep
@@ -26,15 +27,17 @@ def read(folder: Path) -> pd.DataFrame:
     """The finished runs of a sweep, without what no table shows."""
     frame = read_sweep(folder)
     frame = frame[frame["status"].isin(["done", "kept"])]
+    defaults = vars(ArmRun())
+    frame = frame.assign(**{name: [defaults[name]] * len(frame) for name in SETTINGS if name not in frame})
     return frame[[name for name in (*KEEP, *SETTINGS) if name in frame]].loc[:, lambda f: ~f.columns.duplicated()]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, help="folders of sweeps")
     parser.add_argument("--times", type=Path, help="the folder of benchmarks/grids/times.yaml")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tables.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     runs = pd.concat([read(folder) for folder in args.sweeps], ignore_index=True)
     settings = [name for name in SETTINGS if name in runs and name not in ("model", "task")]
     record = {

@@ -108,7 +108,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _line(table: Mapping, row: Mapping, column: Mapping, values: list[float]) -> dict[str, Any]:
-    count, cell, mean = len(values), row["cells"][column["column"]], _mean(values)
+    count, cell, mean = len(values), row["cells"].get(column["column"]), _mean(values)
     sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)) if count > 1 else math.nan
     published = math.nan if cell is None else float(cell["value"])
     found = {"table": table["table"], "row": row["row"], "column": column["column"], "unit": column["unit"]}
@@ -149,19 +149,19 @@ def to_frame(found: pandas.DataFrame, columns: Sequence[str] | None = None, empt
         for cell in cells.to_dict("records"):
             line = lines.setdefault(cell["row"], {"row": cell["row"], "runs": 0})
             line["runs"] = max(line["runs"], cell["runs"])
-            line[title] = _number(cell["measured"], cell["unit"]) or "not measured"
+            line[title] = _number(cell["measured"]) or "not measured"
             if cell["runs"] > 1:
-                line[title] += f" ± {_number(cell['sd'], cell['unit'])}"
+                line[title] += f" ± {_number(cell['sd'])}"
             if known:
-                line[f"{name}, paper"] = _number(cell["published"], cell["unit"]) or UNKNOWN
-                line[f"{name}, difference"] = _number(cell["difference"], cell["unit"], "+")
+                line[f"{name}, paper"] = _number(cell["published"]) or UNKNOWN
+                line[f"{name}, difference"] = _number(cell["difference"], "+")
     return pd.DataFrame(list(lines.values()))
 
 
-def _number(value: float, unit: str, sign: str = "") -> str:
-    """Two digits after the point where the paper's units need them; empty for NaN."""
-    digits = 2 if unit in ("%", "x") and abs(value) < 10 else 1
-    return "" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+def _number(value: float, sign: str = "") -> str:
+    """Three digits that say something; empty for NaN."""
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return "" if math.isnan(value) else "0" if value == 0 else f"{value:{sign}.{digits}f}"
 
 
 def to_markdown(found: pandas.DataFrame, columns: Sequence[str] | None = None) -> str:
