@@ -20,8 +20,7 @@ _TABLE = (
     "title",
     "model",
     "sites",
-    "stand_in",
-    "stand_in_task",
+    "stand_ins",
     "known",
     "reference",
     "columns",
@@ -87,6 +86,8 @@ def find_faults(content: Any) -> list[str]:
         ]
         for what, names in (("column", columns), ("row", [row.get("row") for row in table["rows"]])):
             faults += [f"{where}: two {what}s {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+        if not table["stand_ins"] or not all({"model", "task"} <= set(one) for one in table["stand_ins"]):
+            faults.append(f"{where}: stand_ins is a list of {{model, task}}, what runs here in place of the paper's")
         if table["reference"] not in (None, *(row.get("row") for row in table["rows"])):
             faults.append(f"{where}: its reference, {table['reference']!r}, is none of its rows")
         for row in table["rows"]:

@@ -177,6 +177,7 @@ def test_figures_are_those_that_are_counted_again_elsewhere():
         (lambda c: c["paper"].pop("version"), "paper: no 'version'"),
         (lambda c: c["tables"].pop(), "wanted tables 1, 2, 3, 4, 5, 6, 7, 8 in this order"),
         (lambda c: c["tables"][0].pop("sites"), "table 1: no sites"),
+        (lambda c: c["tables"][0]["stand_ins"][0].pop("task"), "table 1: stand_ins is a list of {model, task}"),
         (lambda c: c["tables"][0].update(reference="x"), "table 1: its reference, 'x', is none of its rows"),
         (lambda c: c["tables"][0]["columns"][0].pop("unit"), "table 1: column {"),
         (lambda c: c["tables"][0]["rows"][1].update(row="zero-shot"), "table 1: two rows 'zero-shot'"),
