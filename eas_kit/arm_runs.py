@@ -210,10 +210,3 @@ def _fresh(run: ArmRun) -> Any:
     from .models import load_base
 
     return load_base(run.model, device=run.device, **run.model_settings)
-
-
-def described(run: Mapping[str, Any]) -> str:
-    """A run in a few words, for lists and progress lines."""
-    arm = run.get("arm")
-    what = f"table {run['table']}, {run['row']}" if arm is None else make_arm(arm).name
-    return f"{what}, seed {run.get('seed', 0)}"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from . import report
 from .cache import find_cached
 from .errors import RunError
-from .grids import ARMS, Grid, Job, read_grid
+from .grids import Grid, Job, read_grid
 from .sweep_worker import BUSY, ERROR_FILE, JOB_FILE, LOG_FILE
 from .terminal import clock, shown
 
@@ -284,6 +284,3 @@ class _Floor:
 
     def _say(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
-
-
-__all__ = ["ARMS", "SweepReport", "Went", "listing", "read_sweep", "sweep", "to_frame"]
