@@ -41,7 +41,7 @@ class ArmRun:
     steps: int = 300
     batch_size: int = 8
     learning_rates: dict[str, Any] = field(default_factory=dict)
-    """By method, over the standard ones; a list is a grid to choose from on val, by the first seed's plain method."""
+    """By method, over the standard ones; a list is a grid to choose from on val (plain method, this seed)."""
     skip_rank: int = 64
     adapt_rank: int = 32
     dropout: float = 0.0

@@ -137,13 +137,9 @@ def to_frame(went: Sequence[Went]) -> pandas.DataFrame:
 
     lines = []
     for one in went:
-        line = {"run": one.job.name, "status": one.status, "seconds": round(one.seconds, 2), "error": one.error}
-        settings = {**one.job.settings, **(one.result.get("words") or {})}
-        line |= {name: value for name, value in settings.items() if name not in line}
-        line |= {
-            name if name not in ("seconds", "error") else f"run_{name}": value for name, value in one.result.items()
-        }
-        lines.append(line)
+        own = {"run": one.job.name, "status": one.status, "seconds": round(one.seconds, 2), "error": one.error}
+        found = {**one.job.settings, **(one.result.get("words") or {}), **one.result}
+        lines.append(own | {f"run_{name}" if name in own else name: value for name, value in found.items()})
     return pd.DataFrame(lines)
 
 
