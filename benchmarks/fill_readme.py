@@ -426,12 +426,84 @@ def data_loading() -> str:
     )
 
 
+OF_EVERY_ROW = (
+    {"column": "accuracy", "unit": "%", "measured": "test_accuracy", "scale": 100},
+    {"column": "trained", "unit": "%", "measured": "trainable_share", "scale": 100},
+    {"column": "MACs", "unit": "M", "measured": "final_macs", "scale": 1e-6},
+)
+
+
+def tables() -> str:
+    """The paper's tables on the bundled model, with what was published of the paper's own."""
+    path = RESULTS / "tables.json"
+    if not path.exists():
+        return "Not measured yet; `benchmarks/README.md` has the commands."
+    import pandas as pd
+
+    from eas_kit.paper import read_tables
+    from eas_kit.tables import beside
+
+    found, paper, rows = results("tables"), read_tables(), []
+    runs = pd.DataFrame(found["runs"])
+    times = pd.DataFrame(found["times"]) if found["times"] else None
+    for number in sorted(set(runs["table"])):
+        speed = [c for c in paper[number]["columns"] if c["measured"] == "speed"]
+        cells = beside(paper[number] | {"columns": [*OF_EVERY_ROW, *speed]}, runs, times).set_index(["row", "column"])
+        for row in paper[number]["rows"]:
+            mine = cells.loc[row["row"]]
+            if not mine.loc["accuracy", "runs"]:
+                continue
+            accuracy, sd = mine.loc["accuracy", ["measured", "sd"]]
+            fast = mine.loc[speed[0]["column"], "measured"] if speed else float("nan")
+            published = [
+                f"{c['column']} {row['cells'][c['column']]['value']:g} {c['unit']}"
+                for c in paper[number]["columns"]
+                if row["cells"][c["column"]] is not None
+            ]
+            rows.append(
+                [
+                    number,
+                    row["row"],
+                    str(mine.loc["accuracy", "runs"]),
+                    f"{accuracy:.1f}%" + ("" if pd.isna(sd) else f" ± {sd:.1f}%"),
+                    f"{mine.loc['trained', 'measured']:.2f}%",
+                    f"{mine.loc['MACs', 'measured']:.0f}",
+                    "" if pd.isna(fast) else f"{fast:.2f}",
+                    ", ".join(published) or "not available to us",
+                ]
+            )
+    said = [
+        f"{which}: {of['steps']} steps of batch {of['batch_size']}, {of['test_limit']} examples of test, ranks {of['skip_rank']} and "
+        f"{of['adapt_rank']}, {of['mixed_precision']}"
+        for which, of in found["settings"].items()
+    ]
+    known = sum(cell is not None for t in paper.values() for row in t["rows"] for cell in row["cells"].values())
+    every = sum(len(row["cells"]) for t in paper.values() for row in t["rows"])
+    head = [
+        "table",
+        "row",
+        "runs",
+        "test accuracy",
+        "trained",
+        "MACs, M",
+        "decode, times faster",
+        "published, of the paper's model",
+    ]
+    return (
+        f"{'; '.join(said)}; {found['machine']['processor']}. Mean ± sd over seeds. *MACs*: millions of multiply-accumulates of the decoder "
+        "layers for one prompt, adapters merged away where that is exact. *Decode*: against the table's first row without skipping, "
+        f"adapters merged or not as the row says. Of the paper's {every} figures that `data/paper_tables.json` has room for, {known} are known to us.\n\n"
+        + table(head, rows)
+    )
+
+
 BLOCKS = {
     "headline": headline,
     "demo": demo,
     "probe": probe,
     "search": search,
     "tuning": tuning,
+    "tables": tables,
     "latency": latency,
     "conformance": conformance,
     "latency_shapes": latency_shapes,

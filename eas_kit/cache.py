@@ -26,10 +26,9 @@ def cached(folder: str | Path, name: str, key: dict[str, Any], compute: Callable
     process holds a claim; Busy is raised in any other that asks. The claim of a process that died is taken over.
     """
     text = json.dumps(key, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, claim = folder / f"{name}-{digest}.json", folder / f"{name}-{digest}.claim"
+    path = _path(folder, name, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claim = path.with_name(f"{path.name.removesuffix('.json')}.claim")
     found = _read(path)
     if found is not None:
         return found
@@ -46,6 +45,15 @@ def cached(folder: str | Path, name: str, key: dict[str, Any], compute: Callable
     finally:
         claim.unlink(missing_ok=True)
         _HELD.discard(claim.absolute())
+
+
+def find_cached(folder: str | Path, name: str, key: dict[str, Any]) -> dict | None:
+    """The result for `key` if its file is in `folder`; nothing is computed or claimed."""
+    return _read(_path(folder, name, json.dumps(key, sort_keys=True)))
+
+
+def _path(folder: str | Path, name: str, text: str) -> Path:
+    return Path(folder) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
 
 
 def _read(path: Path) -> dict | None:

@@ -1,7 +1,7 @@
-"""The command ``eas-kit``: a thin shell over ``runner``, ``doctor`` and the data sets of ``tasks``.
+"""The command ``eas-kit``: a thin shell over ``runner``, ``sweep``, ``doctor`` and the data sets of ``tasks``.
 
-Exit codes: 0 all went well; 1 a notebook failed, the doctor found something missing, or a data set is not whole; 2 the
-command makes no sense as given; 130 interrupted.
+Exit codes: 0 all went well; 1 a notebook or a run of a sweep failed, the doctor found something missing, or a data set
+is not whole; 2 the command makes no sense as given; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ examples:
   eas-kit run 03 --params notebooks/params/full.yaml the long version of the third
   eas-kit doctor                                     versions, device, memory, what is missing
   eas-kit data check scienceqa ~/data/scienceqa      is a download whole?
+  eas-kit sweep GRID.yaml --out runs/mine --workers 2 a grid of runs, in two processes
 """
 
 RUN_EPILOG = """\
@@ -47,6 +48,24 @@ results:
   DIR/index.html               open this: every notebook, figure and number of the run
   DIR/NN_name.ipynb            the executed copy
   DIR/NN_name/results.json     the notebook's numbers, with versions, seed, device and parameters
+"""
+
+
+SWEEP_EPILOG = """\
+the grid, a YAML file:
+  run: arms                        or the name of a notebook
+  fixed: {steps: 300}              settings of every run: parameters of the notebook, or, for arms, arm, seed, model,
+                                   task, steps, batch_size, skip_rank ... (eas_kit.arm_runs.ArmRun)
+  grid: {seed: [0, 1], ...}        every combination of these lists is a run
+  include: [{seed: 7}]             runs besides; exclude: [{seed: 1, ...}] takes some away
+  A run of arms has `arm: {method: pia, k: 4, chosen_by: bandit}`, or `table: 1` for all rows of that table of the paper
+  (`row: EAS8` for one). What is unknown or of a wrong kind is an error before anything runs.
+
+results:
+  DIR/results.parquet, results.csv one line a run
+  DIR/index.html                   open this
+  DIR/runs/NAME/log.txt            what a run printed
+  The same command goes on with a sweep that was stopped or killed; failed runs run again, finished ones do not.
 """
 
 
@@ -104,6 +123,17 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--notebooks", dest="folder", metavar="DIR", help="their folder (default: ./notebooks)")
     run.add_argument("--list", action="store_true", help="show the notebooks and their parameters, run nothing")
     run.set_defaults(handler=_run)
+
+    sweep = commands.add_parser(
+        "sweep", help="run a grid of notebooks or arms", formatter_class=formatter, epilog=SWEEP_EPILOG,
+        description="Run a grid in several processes and leave one table of results. Exit code 1 if a run failed.",
+    )  # fmt: skip
+    sweep.add_argument("grid", metavar="GRID.yaml", help="what runs, see below")
+    sweep.add_argument("--out", metavar="DIR", help="the sweep's folder (default: runs/<name of the grid>)")
+    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once (default: 1)")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs, run nothing")
+    sweep.add_argument("--notebooks", dest="folder", metavar="DIR", help="their folder (default: ./notebooks)")
+    sweep.set_defaults(handler=_sweep)
 
     _add_data(commands, formatter)
     doctor = commands.add_parser("doctor", help="check the installation and the machine")
@@ -238,6 +268,22 @@ def _run(args: argparse.Namespace) -> int:
         keep_going=args.keep_going,
         cell_timeout=args.cell_timeout,
     )
+    if result.interrupted:
+        return 130
+    return 0 if result.ok else 1
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from . import grids, sweep
+
+    grid = grids.read_grid(args.grid, args.folder)
+    out = args.out or Path("runs") / Path(args.grid).stem
+    if args.dry_run:
+        print(sweep.listing(grid, out))
+        return 0
+    result = sweep.sweep(grid, out, args.workers, args.folder)
     if result.interrupted:
         return 130
     return 0 if result.ok else 1

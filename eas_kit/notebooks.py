@@ -50,11 +50,11 @@ class Parameters:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number: PyYAML follows YAML 1.1, where that is a text."""
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -66,7 +66,7 @@ def parse_value(text: str) -> Any:
         RunError: it is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=YamlLoader)
     except yaml.YAMLError as error:
         raise RunError(f"{text!r} is not a YAML value; quote it, as in '\"{text}\"'") from error
 
@@ -175,7 +175,7 @@ def read_parameters(path: str | Path, notebooks: Mapping[str, Notebook]) -> Para
         RunError: not YAML, both forms mixed, a section for an unknown notebook, or values that no notebook takes.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader) or {}
     except (OSError, yaml.YAMLError) as error:
         raise RunError(f"the parameters file {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -218,7 +218,7 @@ def resolve(
     for notebook in chosen:
         values = {**from_file.shared, **from_file.sections.get(notebook.name, {}), **given}
         resolved[notebook.name] = {
-            name: _fit(notebook, name, value) for name, value in values.items() if name in notebook.defaults
+            name: fit_value(notebook, name, value) for name, value in values.items() if name in notebook.defaults
         }
     return resolved
 
@@ -236,7 +236,7 @@ def _refuse_unknown(values: Mapping[str, Any], notebooks: Collection[Notebook], 
         raise RunError(f"{where}: unknown parameter {', '.join(unknown)}. Valid parameters are:\n{valid}")
 
 
-def _fit(notebook: Notebook, name: str, value: Any) -> Any:
+def fit_value(notebook: Notebook, name: str, value: Any) -> Any:
     """The value in the default's kind. None is always allowed: it is how notebooks say "all" or "choose for me"."""
     default = notebook.defaults[name]
     if isinstance(value, Raw):

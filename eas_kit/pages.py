@@ -112,30 +112,36 @@ def index_page(record: Mapping[str, Any], results: Mapping[str, Any], figures: M
     device = next((r["device"] for r in results.values()), "")
     facts = [state, f"{minutes:.1f} minutes", f"peak {peak:.0f} MB", device, record["written"][:16].replace("T", " ")]
     rows = "".join(
-        f"<tr><td><a href='#{e['notebook']}'>{e['notebook']}</a></td><td>{_badge(e['status'])}</td>"
+        f"<tr><td><a href='#{e['notebook']}'>{e['notebook']}</a></td><td>{badge(e['status'])}</td>"
         f"<td class=n>{e['seconds']:.0f}</td><td class=n>{e['peak_mb']:.0f}</td><td>{_links(e, results)}</td></tr>"
         for e in entries
     )
     cards = "".join(_card(e, results.get(e["notebook"]), figures.get(e["notebook"], [])) for e in entries)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    head = "<tr><th>notebook<th>status<th class=n>seconds<th class=n>peak MB<th>open</tr>"
+    table = f"<div class=scroll><table><thead>{head}</thead>\n<tbody>{rows}</tbody></table></div>"
+    return whole_page(f"run {record['name']}", facts, f"{table}\n{cards}", versions)
+
+
+def whole_page(name: str, facts: Iterable[str], body: str, footer: str) -> str:
+    """A page in the common style. `name` is two words, such as "run demo"; `body` is HTML, the rest is text."""
+    what, _, which = name.partition(" ")
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>eas_kit run {html.escape(record["name"])}</title>
+<title>eas_kit {html.escape(name)}</title>
 <style>{_STYLE}</style>
 <main>
-<h1>Effective Attention Skipping <small>run <code>{html.escape(record["name"])}</code></small></h1>
+<h1>Effective Attention Skipping <small>{html.escape(what)} <code>{html.escape(which)}</code></small></h1>
 <p class="facts">{"".join(f"<span>{html.escape(fact)}</span>" for fact in facts if fact)}</p>
-<div class="scroll"><table><thead><tr><th>notebook<th>status<th class=n>seconds<th class=n>peak MB<th>open</tr></thead>
-<tbody>{rows}</tbody></table></div>
-{cards}
-<footer>{html.escape(versions)}</footer>
+{body}
+<footer>{html.escape(footer)}</footer>
 </main></html>
 """
 
 
 def _card(entry: Mapping[str, Any], results: Mapping[str, Any] | None, figures: list[str]) -> str:
     parts = [
-        f"<section id='{entry['notebook']}'><h2>{html.escape(entry['title'])} {_badge(entry['status'])}</h2>"
+        f"<section id='{entry['notebook']}'><h2>{html.escape(entry['title'])} {badge(entry['status'])}</h2>"
         f"<p class=links>{_links(entry, {entry['notebook']: results} if results else {})}</p>"
     ]
     if entry["error"]:
@@ -161,7 +167,7 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
     single, tables = {}, []
     for name, value in _flat(metrics):
         if _is_rows(value):
-            tables.append(f"<h3>{html.escape(name)}</h3>{_rows(value)}")
+            tables.append(f"<h3>{html.escape(name)}</h3>{render_rows(value)}")
         else:
             single[name] = value
     return (_pairs(single) if single else "") + "".join(tables)
@@ -191,7 +197,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return f"<div class=scroll><table class=pairs>{rows}</table></div>"
 
 
-def _rows(rows: list[dict[str, Any]]) -> str:
+def render_rows(rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
     mark = {c: " class=n" if c in numeric else "" for c in columns}
@@ -217,7 +223,7 @@ def _cell(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _badge(status: str) -> str:
+def badge(status: str) -> str:
     return f"<span class='badge {'good' if status == 'done' else 'bad'}'>{html.escape(status)}</span>"
 
 

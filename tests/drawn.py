@@ -104,6 +104,35 @@ def examples() -> list[dict]:
     ]
 
 
+def tuned_runs() -> pd.DataFrame:
+    """Runs as of `compare.run_arms`, of a model of 7 layers: nothing skipped, attentions, feed-forwards, layers."""
+    rows = [{"arm": "pia", "k": 0, "candidates": "mha", "mask": [], "test_accuracy": 0.9, "chosen_by": None}]
+    masks = {"mha": [[5, 6], [2, 5, 6]], "ffn": [[8, 13], [8, 9, 13]], "layer": [[3, 6], [1, 3, 6]]}
+    for at, (candidates, some) in enumerate(masks.items()):
+        for mask in some:
+            arm = {"arm": f"pia k={len(mask)} bandit {candidates}", "k": len(mask), "candidates": candidates}
+            rows.append(
+                {**arm, "mask": mask, "test_accuracy": 0.9 - 0.05 * len(mask) - 0.1 * at, "chosen_by": "bandit"}
+            )
+    rows.append({**rows[1], "arm": "pia k=2 random", "chosen_by": "random", "test_accuracy": 0.11})
+    runs = [{**row, "method": "pia", "seed": seed} for row in rows for seed in (0, 1)]
+    return pd.DataFrame([{**run, "test_accuracy": run["test_accuracy"] + 0.01 * run["seed"]} for run in runs])
+
+
+def beside_published() -> pd.DataFrame:
+    nan = float("nan")
+    rows = [
+        ("full", 95.0, 1.5, 3, 90.0),
+        ("EAS8", 91.0, nan, 1, nan),
+        ("DAS", nan, nan, 0, 88.0),
+        ("none", nan, nan, 0, nan),
+    ]
+    names = ("row", "measured", "sd", "runs", "published")
+    return pd.DataFrame(
+        [{"table": "1", "column": "Avg", "unit": "%", **dict(zip(names, row, strict=True))} for row in rows]
+    )
+
+
 def every_figure() -> dict:
     """One figure of each kind, made by the public functions."""
     from eas_kit import figures as f
@@ -133,5 +162,8 @@ def every_figure() -> dict:
         "time_shares": f.time_shares(spendings()),
         "merge_scatter": f.merge_scatter(logits, logits + 1e-7),
         "latency_bars": f.latency_bars(latencies()),
+        "measured_beside_published": f.measured_beside_published(beside_published(), "Avg"),
+        "redundancy_and_accuracy": f.redundancy_and_accuracy(probe_frame(), tuned_runs(), dense=0.9),
+        "skipped_sites": f.skipped_sites(tuned_runs(), num_layers=7),
         "gallery": f.gallery(examples(), predictions=["5", "gold", "2"]),
     }

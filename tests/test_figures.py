@@ -11,6 +11,7 @@ from drawn import (
     SITES,
     UPDATES,
     arms,
+    beside_published,
     every_figure,
     examples,
     latencies,
@@ -20,6 +21,7 @@ from drawn import (
     search_result,
     site_frame,
     spendings,
+    tuned_runs,
 )
 
 from eas_kit import figures as f
@@ -487,3 +489,67 @@ def test_site_kinds():
     assert site_kinds_of(("mha", "ffn"), 4) == ["mha", "mha", "ffn", "ffn"]
     assert site_kinds_of(["mha", "ffn", "mha"], 3) == ["mha", "ffn", "mha"]
     assert site_kinds_of([type("Site", (), {"kind": "ffn"})()], 1) == ["ffn"]
+
+
+# -- the paper's figures -----------------------------------------------------------------------------------------------
+
+
+def test_figure_1_has_the_untuned_model_left_and_the_tuned_ones_right():
+    probe, runs = probe_frame(), tuned_runs()
+    fig = f.redundancy_and_accuracy(probe, runs, dense=0.93)
+    left, right = trace(fig, "FFN"), trace(fig, "FFN", 1)
+    k = "num_skipped" if "num_skipped" in probe else "k"
+    mean = probe[(probe.kind == "ffn") & (probe[k] > 0)].groupby(k)["accuracy"].mean()
+    assert list(left.y) == pytest.approx([0.93, *mean], abs=1e-5)
+    assert list(right.x) == [0, 2, 3]
+    assert list(right.y) == pytest.approx([0.905, 0.705, 0.655])
+    assert list(trace(fig, "whole layer").x) == [0, 2, 3]
+    assert list(trace(fig, "MHA", 1).y) == pytest.approx([0.905, 0.805, 0.755])  # of the bandit: not of random masks
+    assert (left.xaxis, right.xaxis) == ("x", "x2")
+    with pytest.raises(f.FigureError, match="needs runs that skip something"):
+        f.redundancy_and_accuracy(probe, runs[runs.k == 0])
+    with pytest.raises(f.FigureError, match="needs a column 'candidates'"):
+        f.redundancy_and_accuracy(probe, runs.drop(columns="candidates"))
+
+
+def test_skipped_sites_are_dark_in_the_panel_of_their_kind():
+    runs = tuned_runs()
+    fig = f.skipped_sites(runs, num_layers=7)
+    mha, ffn = (np.array(panel.z, float) for panel in fig.data)
+    shown = runs[runs["k"] > 0]
+    assert mha.shape == ffn.shape == (len(shown), 7)
+    for row, run in enumerate(shown.to_dict("records")):
+        attentions = {site for site in run["mask"] if site < 7}
+        forwards = {site - 7 for site in run["mask"] if site >= 7}
+        if run["candidates"] == "layer":  # both go
+            forwards = attentions
+        assert set(np.flatnonzero(mha[row] == 1)) == attentions
+        assert set(np.flatnonzero(ffn[row] == 1)) == forwards
+        assert np.isnan(ffn[row]).all() == (run["candidates"] == "mha")
+    assert "PIA, 2 skipped (random), seed 1" in fig.layout.yaxis.ticktext
+    assert "11.0%" in words(fig)
+
+
+def test_skipped_sites_of_a_model_with_its_own_kinds_and_errors():
+    runs = pd.DataFrame([{"arm": "a", "mask": [0, 4]}, {"arm": "b", "mask": None}])
+    fig = f.skipped_sites(runs, num_layers=5, site_kinds=["text", "text", "text", "image", "image"])
+    assert [panel.z for panel in fig.data] == [([1, 0, 0],), ([0, 1],)]
+    with pytest.raises(f.FigureError, match="a mask skips site 4, but there are 3 sites"):
+        f.skipped_sites(runs, num_layers=3)
+    with pytest.raises(f.FigureError, match="needs runs that skip something"):
+        f.skipped_sites(runs[1:], num_layers=5)
+
+
+def test_published_bars_stand_beside_measured_ones_and_say_how_many_are_known():
+    fig = f.measured_beside_published(beside_published(), "Avg")
+    measured, published = fig.data
+    assert list(measured.x) == [95.0, 91.0, None]
+    assert list(published.x) == [90.0, None, 88.0]
+    assert list(fig.layout.yaxis.ticktext) == ["full", "EAS8", "DAS"]  # of "none" there is nothing to show
+    assert list(measured.error_x.array) == [1.5, 0.0, 0.0]
+    assert "2 of 3 known to us" in words(fig)
+    assert "95 | 90" in words(fig)
+    with pytest.raises(f.FigureError, match="no column 'IMG'; the table has Avg"):
+        f.measured_beside_published(beside_published(), "IMG")
+    with pytest.raises(f.FigureError, match="nothing of 'Avg' is measured or published"):
+        f.measured_beside_published(beside_published()[-1:], "Avg")

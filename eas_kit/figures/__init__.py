@@ -9,6 +9,7 @@ from __future__ import annotations
 from .choices import agreement_matrix, mask_comparison, scorer_comparison
 from .gallery import gallery
 from .merging import latency_bars, merge_scatter
+from .paper import measured_beside_published, redundancy_and_accuracy, skipped_sites
 from .playback import save_playback, search_playback
 from .png import figure_png
 from .preferences import preference_heatmap, search_figure
@@ -27,14 +28,17 @@ __all__ = [
     "gallery",
     "latency_bars",
     "mask_comparison",
+    "measured_beside_published",
     "merge_scatter",
     "preference_heatmap",
     "probe_curves",
+    "redundancy_and_accuracy",
     "save_playback",
     "scorer_comparison",
     "search_figure",
     "search_playback",
     "single_site_bars",
+    "skipped_sites",
     "time_shares",
     "training_curves",
 ]

@@ -85,7 +85,9 @@ def probe_curves(
         )
         start = (dense or {}).get(metric, float(without[metric].mean()) if len(without) else None)
         places = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
-        ends = [_curve(fig, frame[frame[kind] == name], k, metric, start, look, places) for name, look in looks.items()]
+        ends = [
+            draw_curve(fig, frame[frame[kind] == name], k, metric, start, look, places) for name, look in looks.items()
+        ]
         inside = {"xref": f"x{number} domain", "yref": f"y{number}"}
         heights = spread(ends, 0.075 * (span[1] - span[0]))
         for height, (colour, _, name) in zip(heights, looks.values(), strict=True):
@@ -98,7 +100,7 @@ def probe_curves(
     return fig
 
 
-def _curve(
+def draw_curve(
     fig: go.Figure, trials: pd.DataFrame, k: str, metric: str, start: float | None, look: tuple, places: dict
 ) -> float:
     """One kind in one panel; returns the height at its right end."""
