@@ -134,8 +134,8 @@ def better_mask(answer: set[int], play: Any, rivals: Mapping[str, Any], k: int) 
     if len(answer) != k or not answer <= attentions:
         yours = f"you have {len(answer)} sites, {len(answer & attentions)} of them attentions"
         return False, f"wanted {k} attentions, which are the sites 0 to {max(attentions)}; {yours}"
-    loss = play.evaluate(answer)["loss"]
-    beaten = {name: play.evaluate(mask)["loss"] for name, mask in rivals.items()}
+    loss = play.score(answer)["loss"]
+    beaten = {name: play.score(mask)["loss"] for name, mask in rivals.items()}
     name = min(beaten, key=beaten.get)
     said = f"loss {loss:.4f}, the best of the others, {name}, {beaten[name]:.4f}"
     return loss < beaten[name], said if loss < beaten[name] else f"{said}. Exchange one site for another"
@@ -147,7 +147,7 @@ def most_needed_feed_forward(answer: int, play: Any) -> tuple[bool, str]:
     numbers = [site for site, kind in enumerate(play.site_kinds) if kind == "ffn"]
     if answer not in numbers:
         return False, f"the feed-forwards are sites {numbers[0]} to {numbers[-1]}, behind the attentions; got {answer}"
-    return _needed(answer, {site: play.evaluate([site])["loss"] for site in numbers}, "site")
+    return _needed(answer, {site: play.score([site])["loss"] for site in numbers}, "site")
 
 
 @exercise(anything)
@@ -158,4 +158,4 @@ def saved_mask(answer: Any, play: Any, k: int) -> tuple[bool, str]:
     mask = load_mask(answer, site_kinds=play.site_kinds)
     if len(mask) != k:
         return False, f"this file skips {len(mask)} sites, {list(mask)}; wanted {k}"
-    return True, f"{answer} skips {list(mask)}; loss {play.evaluate(mask)['loss']:.4f}"
+    return True, f"{answer} skips {list(mask)}; loss {play.score(mask)['loss']:.4f}"
