@@ -25,6 +25,7 @@ from .notebooks import find_folder, read_notebook
 BINDER = "https://mybinder.org/v2/gh/eas-kit/eas_kit/HEAD?urlpath=lab/tree/notebooks/"
 BADGE = "[![Binder](https://mybinder.org/badge_logo.svg)]({url})"
 CONTENTS_MARKS = ("<!-- contents -->", "<!-- /contents -->")
+NOTEBOOK_ONLY = "notebook-only"  # the tag of cells that an app made of the notebook leaves out, see README
 _BADGES = re.compile(re.escape(BADGE).replace(r"\{url\}", r"[^)\s]*"))
 _LINKS = re.compile(r"(previous|contents|next): \[")
 
@@ -70,6 +71,7 @@ def _write_links(notebook: NotebookNode, links: str) -> None:
         last = nbformat.v4.new_markdown_cell(id="navigation")  # the same id whenever it is made
         notebook.cells.append(last)
     last.source = links
+    last.metadata["tags"] = [NOTEBOOK_ONLY]
 
 
 def _write_contents(notebook: NotebookNode, path: Path, table: str) -> None:
