@@ -31,7 +31,7 @@ BROWSER_STAMP := $(VENV)/.installed-browser
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: help demo resume test test-versions test-browser test-all lab lint format notebooks doctor clean
+.PHONY: help demo resume test test-versions test-browser test-all lab lint format navigation notebooks doctor clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -69,10 +69,14 @@ lint: $(TEST_STAMP)  ## ruff on code and notebooks; no outputs in the notebooks'
 	$(BIN)/ruff format --check .
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(STRIP) $(NOTEBOOKS))
 
-format: $(TEST_STAMP)  ## mend what `make lint` can mend
+format: $(TEST_STAMP)  ## mend what `make lint` can mend, and the links between notebooks
+	$(BIN)/python -m eas_kit.navigation
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(STRIP) $(NOTEBOOKS))
+
+navigation: $(BASE_STAMP)  ## links between notebooks and the contents in the first, from the files that there are
+	$(BIN)/python -m eas_kit.navigation
 
 notebooks: $(BASE_STAMP)  ## executed copies for readers, in notebooks/rendered
 	env -u EAS_KIT_DISPLAY $(BIN)/eas-kit run --out runs/rendered $(RUN_ARGS)

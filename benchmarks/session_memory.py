@@ -1,7 +1,7 @@
 """How much memory a reader's session takes: JupyterLab's server, and a kernel for each notebook that was run in it.
 
-    python benchmarks/session_memory.py                    about a minute; needs playwright and chromium
-    python benchmarks/session_memory.py --notebooks 00_start_here 02_search_with_bandit 06_skip_mask_playground
+    python benchmarks/session_memory.py                    two minutes; needs playwright and chromium
+    python benchmarks/session_memory.py --notebooks 00_start_here 01_probe_redundancy
     python benchmarks/session_memory.py --parameters own   the notebooks' own parameters, not the small ones
     python benchmarks/session_memory.py --out FILE.json    (default: results/session_memory.json)
 
@@ -30,6 +30,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from lab import BADGE, Browser, Lab, why_not  # noqa: E402
 
+NOTEBOOKS = [
+    "00_start_here",
+    "02_search_with_bandit",
+    "06_skip_mask_playground",
+]  # the last two have something to press
 LIMIT_MB = 1500  # what a session may take: Binder gives one to two GB
 
 
@@ -95,7 +100,7 @@ def measure(notebooks: list[str], small: bool) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--notebooks", nargs="+", default=["00_start_here", "02_search_with_bandit"])
+    parser.add_argument("--notebooks", nargs="+", default=NOTEBOOKS)
     parser.add_argument("--parameters", choices=("small", "own"), default="small")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "session_memory.json")
     chosen = parser.parse_args(arguments)

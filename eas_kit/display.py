@@ -52,7 +52,9 @@ def figure_bundle(fig: Any, live: bool | None = None) -> tuple[dict, dict]:
     """
     values = json.loads(fig.to_json(engine="json"))  # not to_plotly_json: a user's figure may hold numpy arrays
     words = plain(fig.layout.title.text or "figure").replace("\n", " ")
-    config = {"displaylogo": False, "responsive": True}
+    # Not "responsive": plotly's own answer to a change of the window's size forgets the height, and a figure that is
+    # out of sight then has none. JupyterLab makes figures as wide as their cell by itself.
+    config = {"displaylogo": False, "responsive": False}
     data: dict[str, Any] = {
         PLOTLY: {"data": values["data"], "layout": values["layout"], "config": config},
         "text/plain": f"<figure: {words}>",
@@ -60,7 +62,6 @@ def figure_bundle(fig: Any, live: bool | None = None) -> tuple[dict, dict]:
     if live_session() if live is None else live:
         if values.get("frames"):  # nobody can play them in a static copy, which is to stay small
             data[PLOTLY]["frames"] = values["frames"]
-            config["responsive"] = False  # with it JupyterLab gives a graph no height once it was animated
         return data, {}
     data["image/png"] = base64.b64encode(figure_png(fig)).decode()
     return data, {"image/png": {"width": int(fig.layout.width or 820), "alt": words}}

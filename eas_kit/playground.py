@@ -114,10 +114,18 @@ class Playground:
     def evaluate(self, mask: Iterable[int] = (), stop: Stop | None = None) -> dict[str, float] | None:
         """What a mask is worth on the fixed batch; None if `stop()` became true between two batches.
 
-        loss (nats per target token) and accuracy (share of examples whose scored part is the most likely text), both by
-        teacher forcing; count; flops_saved, the share of the decoder layers' multiply-accumulates that one prompt no
-        longer takes, adapters charged; and `times`.
+        `score`; flops_saved, the share of the decoder layers' multiply-accumulates that one prompt no longer takes,
+        adapters charged; and `times`.
         """
+        mask = check_mask(mask, self.num_sites)
+        found = self.score(mask, stop)
+        if found is None or (stop is not None and stop()):
+            return None
+        return found | {"flops_saved": self.flops_saved(mask)} | self.times(mask)
+
+    def score(self, mask: Iterable[int] = (), stop: Stop | None = None) -> dict[str, float] | None:
+        """What a mask costs on the fixed batch: loss (nats per target token) and accuracy (share of examples whose
+        scored part is the most likely text), both by teacher forcing; count. None as for `evaluate`."""
         mask = check_mask(mask, self.num_sites)
         totals, right, count = torch.zeros(3, dtype=torch.float64), 0, 0
         for opened, batch in self._collated(stop):
@@ -131,8 +139,7 @@ class Playground:
             return None
         if count == 0:
             raise TaskError("no example of the fixed batch has pictures that can be opened; choose other examples")
-        found = {"loss": float(totals[0] / totals[1]), "accuracy": right / count, "count": count}
-        return found | {"flops_saved": self.flops_saved(mask)} | self.times(mask)
+        return {"loss": float(totals[0] / totals[1]), "accuracy": right / count, "count": count}
 
     def _collated(self, stop: Stop | None) -> Iterator[tuple[list[Any], dict[str, Any]]]:
         """The fixed batch in parts, collated once."""

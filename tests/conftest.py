@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,3 +43,12 @@ def make_prompts():
 def toy_task():
     """A task with train, search, val, test, collate, score and evaluate over random token ids."""
     return toys.ToyTask()
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory):
+    """Where browser tests put their pictures: the folder that EAS_KIT_SCREENSHOTS names, else pytest's own."""
+    named = os.environ.get("EAS_KIT_SCREENSHOTS")
+    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

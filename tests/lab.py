@@ -15,10 +15,12 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,21 @@ def why_not() -> str:
     return ""
 
 
+def copy_notebook(name: str, path: Path, parameters: dict[str, Any] | None = None) -> None:
+    """A copy of a notebook, with parameters as `Lab.add` has them."""
+    import yaml
+
+    if parameters is None:
+        parameters = yaml.safe_load((NOTEBOOKS / "params" / "test.yaml").read_text()).get(name) or {}
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    unknown = [key for key in parameters if f"\n{key} =" not in f"\n{cell.source}"]
+    assert not unknown, f"{name} has no parameters {unknown}"
+    cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+
 class Lab:
     """A JupyterLab server on a free port, with nothing of the user's own in it. Use it with `with`.
 
@@ -67,18 +84,8 @@ class Lab:
         `parameters` are written below the defaults of the parameters cell; None: the notebook's own of
         notebooks/params/test.yaml.
         """
-        import yaml
-
-        if parameters is None:
-            parameters = yaml.safe_load((NOTEBOOKS / "params" / "test.yaml").read_text()).get(name) or {}
-        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        unknown = [key for key in parameters if f"\n{key} =" not in f"\n{cell.source}"]
-        assert not unknown, f"{name} has no parameters {unknown}"
-        cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
         path = self.root / "notebooks" / f"{as_name or name}.ipynb"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, path)
+        copy_notebook(name, path, parameters)
         return f"notebooks/{path.name}"
 
     def __enter__(self) -> Lab:
@@ -139,6 +146,41 @@ class Lab:
             self.ask(f"api/sessions/{session['id']}", "DELETE")
 
 
+def voila() -> str:
+    """Why voila cannot be tested here, and what to do; empty if it can."""
+    if importlib.util.find_spec("voila") is None:
+        return 'no voila: pip install -c constraints.txt "eas_kit[voila]"'
+    return why_not()
+
+
+@contextlib.contextmanager
+def served(command: list[str], log: Path) -> Iterator[str]:
+    """A server that another command starts, such as voila, on a free port of this machine; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    private = {f"JUPYTER_{name}_DIR": str(log.parent / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    environment = os.environ | private | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment.pop("EAS_KIT_DISPLAY", None)
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, f"--port={port}"], env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + START
+        while time.monotonic() < end and process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                yield f"http://127.0.0.1:{port}/"
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{command[0]} did not start: {log.read_text()[-2000:]}")
+    finally:
+        process.terminate()  # the server ends its kernels
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 class Browser:
     """A headless Chromium. Use it with `with`."""
 
@@ -154,9 +196,13 @@ class Browser:
         self._chromium.close()
         self._playwright.stop()
 
+    def page(self, width: int = 1280, height: int = 900) -> Any:
+        """A new, empty page of playwright's."""
+        return self._chromium.new_page(viewport={"width": width, "height": height})
+
     def open(self, lab: Lab, path: str, width: int = 1280, height: int = 900) -> NotebookPage:
         """A new page with a notebook, its kernel ready."""
-        page = NotebookPage(self._chromium.new_page(viewport={"width": width, "height": height}), lab)
+        page = NotebookPage(self.page(width, height), lab)
         page.goto(path)
         return page
 
@@ -255,6 +301,16 @@ class NotebookPage:
         self.page.evaluate(f"index => {{ {PANEL}.content.activeCellIndex = index + 1; }}", index)
         self.begin("notebook:run-all-above")
         self.show_cell(index)
+
+    def write(self, index: int, source: str) -> None:
+        """Puts this into a cell, in place of what stands there."""
+        cell = f"{PANEL}.content.model.sharedModel.cells[index]"
+        self.page.evaluate(f"([index, source]) => {{ {cell}.setSource(source); }}", [index, source])
+
+    def run_cell(self, index: int) -> None:
+        """Runs one cell, waited for."""
+        self.page.evaluate(f"index => {{ {PANEL}.content.activeCellIndex = index; }}", index)
+        self.command("notebook:run-cell")
 
     def all_have_run(self) -> list[dict]:
         ended = f"""() => {{ const cells = ({CELLS})().filter(cell => cell.type === 'code' && cell.source.trim());

@@ -7,8 +7,7 @@ that they set themselves. Screenshots go to the folder that EAS_KIT_SCREENSHOTS 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
+import re
 
 import pytest
 from lab import BADGE, RUN, Browser, Lab, why_not
@@ -33,14 +32,6 @@ def browser():
         yield chromium
 
 
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory):
-    named = os.environ.get("EAS_KIT_SCREENSHOTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def in_good_order(page) -> None:
     assert page.problems == []
     assert page.outside <= {BADGE}, "the page may ask nothing of other machines"
@@ -62,8 +53,23 @@ def test_the_start_page_opens_and_runs(lab, browser, screenshots):
     is_a_graph(page.show_cell(page.cell_with("figures.gallery(")))
     page.screenshot(screenshots, "00_opening", 0)
     page.screenshot(screenshots, "00_gallery", page.cell_with("figures.gallery("))
+    answers_an_exercise(page, screenshots)
     in_good_order(page)
     page.close()
+
+
+def answers_an_exercise(page, screenshots) -> None:
+    """No answer, a wrong one, and that of the solution folded above, put into the cell as a reader does."""
+    number = page.cell_with("exercises.most_needed_attention(")
+    cell = page.show_cell(number)
+    cell.get_by_text("… not answered yet").wait_for()
+    (solution,) = re.findall(r"```python\n(.*?)```", page.cells()[number - 1]["source"], re.DOTALL)
+    asked = page.cells()[number]["source"].splitlines()[-1]
+    for answer, verdict in (("vital = 11", "✗ not yet right: without attention 11"), (solution, "✓ right: without")):
+        page.write(number, f"{answer}\n{asked}")
+        page.run_cell(number)
+        cell.get_by_text(verdict).wait_for()
+    page.screenshot(screenshots, "00_exercise", number)
 
 
 # -- 02: the search ------------------------------------------------------------------------------------------------
@@ -88,6 +94,19 @@ def test_the_heatmap_moves_while_the_search_runs(searched, screenshots):
     is_a_graph(searched.show_cell(search))
     searched.screenshot(screenshots, "02_search", search)
     in_good_order(searched)
+
+
+def test_nothing_is_cut_off_and_figures_keep_their_height_at_any_width(searched):
+    for width in (1920, 1100, 1280):  # plotly forgot the height of figures when the window changed
+        searched.page.set_viewport_size({"width": width, "height": 900})
+        figure = searched.show_cell(searched.cell_with("figures.training_curves(")).locator(".js-plotly-plot")
+        figure.locator(".main-svg").first.wait_for()
+        assert figure.bounding_box()["height"] > 200
+    wide = (
+        "n => [...n.querySelectorAll('.jp-MarkdownOutput, .cm-scroller')].some(n => n.scrollWidth > n.clientWidth + 1)"
+    )
+    cut = [cell["source"] for cell in searched.cells() if searched.show_cell(cell["index"]).evaluate(wide)]
+    assert cut == []
 
 
 # -- 02: the panel -------------------------------------------------------------------------------------------------

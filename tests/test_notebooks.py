@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from packaging.utils import canonicalize_name
 from test_binder import declared
 from test_project import DISTRIBUTIONS, imported_by
 
+from eas_kit.exercises.verdict import NOT_YET
+from eas_kit.navigation import NOTEBOOK_ONLY
 from eas_kit.notebooks import RUN_DIR, read_notebook, read_notebooks, read_parameters
 from eas_kit.pages import write_pages
 from eas_kit.rendered import faults
@@ -147,6 +150,33 @@ def test_exercises_have_folded_solutions(path):
     assert text.count("<details") == text.count("</details>") >= 1
 
 
+def exercises_of(notebook: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNode, ast.Module, str]]:
+    """Of each exercise with a check: the cell that asks for an answer and checks it, its code, the solution's code."""
+    cells = section(notebook, "Exercise")
+    found = []
+    for text, cell in itertools.pairwise(cells):
+        if cell.cell_type == "code":
+            solutions = re.findall(r"<details>.*?```python\n(.*?)```.*?</details>", text.source, re.DOTALL)
+            assert len(solutions) == 1, f"one solution in code before {cell.source!r}"
+            found.append((cell, ast.parse(cell.source), solutions[0]))
+    return found
+
+
+@each
+def test_exercises_check_their_answers(path):
+    notebook = read(path)
+    for cell, source, solution in exercises_of(notebook):
+        answer, *_, check = source.body
+        assert isinstance(answer, ast.Assign) and ast.unparse(answer.value) == "None", "begins with no answer"
+        assert ast.unparse(check.value.func).startswith("exercises."), "ends with a check"
+        name = answer.targets[0].id
+        assert ast.unparse(check.value.args[0]) == name, "of that answer"
+        assert re.search(rf"^ *{name} = ", solution, re.MULTILINE), f"the solution says what {name} is"
+        assert NOTEBOOK_ONLY in cell.metadata.get("tags", []), "an app made of this page leaves it out"
+    asked = len(re.findall(r"^\*\*Exercise \d", "\n".join(c.source for c in notebook.cells), re.MULTILINE))
+    assert len(exercises_of(notebook)) == asked, "every exercise has its check"
+
+
 @each
 def test_navigation(path):
     last = read(path).cells[-1]
@@ -187,12 +217,27 @@ def shared_run(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks") / "run"
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """The notebooks with every check there twice: as it is, without an answer, and after its own solution."""
+    folder = tmp_path_factory.mktemp("answered")
+    for path in PATHS:
+        notebook = read(path)
+        for cell, source, solution in exercises_of(notebook):
+            *before, check = map(ast.unparse, source.body[1:])
+            lines = [solution, *before, f"verdict = {check}", "assert verdict.right, verdict"]
+            again = nbformat.v4.new_code_cell("\n".join(lines))
+            notebook.cells.insert(notebook.cells.index(cell) + 1, again)
+        nbformat.write(notebook, folder / path.name)
+    return folder
+
+
 @pytest.mark.notebook
 @each
-def test_runs_headless(path, shared_run):
+def test_runs_headless(path, answered, shared_run):
     stream = io.StringIO()
     params = SMALL if SMALL.exists() else None
-    report = run([path.stem], params_file=params, out=shared_run, folder=FOLDER, stream=stream, pages=False)
+    report = run([path.stem], params_file=params, out=shared_run, folder=answered, stream=stream, pages=False)
     (outcome,) = report.outcomes
     if not report.ok:
         pytest.fail(stream.getvalue(), pytrace=False)
@@ -203,7 +248,10 @@ def test_runs_headless(path, shared_run):
     assert results["metrics"]
     assert isinstance(results["seed"], int)
     assert set(results["parameters"]) | {"seed"} == set(read_notebook(path).defaults) - {RUN_DIR}
-    check_executed(shared_run / f"{path.stem}.ipynb")
+    executed = shared_run / f"{path.stem}.ipynb"
+    check_executed(executed)
+    shown = [o.data["text/plain"] for c in read(executed).cells for o in c.get("outputs", []) if "data" in o]
+    assert shown.count(f"… {NOT_YET}") == len(exercises_of(read(path))), "no answer is no failure"
 
 
 @pytest.mark.notebook

@@ -70,8 +70,8 @@ def time_shares(
     fig = new_figure(
         title or f"Where the time of {' and '.join(phases)} goes",
         "share of the bar written into it" + (f"; medians of {runs} runs" if runs > 1 else "; one run each"),
-        height=166 + 40 * len(names),
-        margin=(room, RIGHT, 36, 52),
+        height=178 + 40 * len(names),
+        margin=(room, RIGHT, 48, 52),  # above: the phases' names, the legend
         barmode="overlay",
     )
     wide = (1 - BETWEEN * (len(phases) - 1)) / len(phases)

@@ -280,8 +280,9 @@ class SkipMaskWidget(ipywidgets.VBox):
             name, layer = kind_look(kind)[2], site - state.kinds.index(kind)
             known = f"preference {value:.3g}" if np.isfinite(value) else "preference unknown"
             toggle.tooltip = f"skip site {site}: {name} of layer {layer}, {known}"
+        by = f" ({state.by})" if len(state.rankings) > 1 else ""
         self._meaning.value = (
-            f'<span style="font-size:12px">Below a site: its preference ({state.by}). Orange: among the lowest, skipped'
+            f'<span style="font-size:12px">Below a site: its preference{by}. Orange: among the lowest, skipped'
             " first; blue: among the highest. Cross and dark frame: skipped.</span>"
         )
 
