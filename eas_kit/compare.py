@@ -207,7 +207,8 @@ class _Table:
             except MergeError:
                 pass
             else:
-                mask = net.mask if net.config.kinds == ("mha",) else ()
+                attentions = [site.index for site in net.sites if site.kind == "mha"]
+                mask = [attentions.index(site) for site in net.mask]
                 found["merged_macs"] = flops(net, tokens=inputs["input_ids"].shape[1], mask=mask)["total"]
                 calls["merged_"] = partial(net.generate, merge=True)
         if self.plan.latency is not None:
