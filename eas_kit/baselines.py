@@ -155,5 +155,6 @@ def _language_model(model: nn.Module) -> list[nn.Module]:
 
 
 def share_trained(model: nn.Module) -> float:
+    """Share of the model's parameters that require a gradient."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in counts if trained) / sum(n for n, _ in counts)

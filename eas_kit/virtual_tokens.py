@@ -81,8 +81,11 @@ def prefix_tuning(model: nn.Module, tokens: int = 20, projection: int | None = N
         prefix_projection=projection is not None,
         encoder_hidden_size=projection,
     )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tuned = PeftModel(model, settings)
     if (settings.num_attention_heads, settings.token_dim) != (heads, heads * width):  # it goes by the configuration
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise ConfigError(
             f"prefix_tuning: peft takes the keys of {type(decoder).__name__} to be {settings.num_attention_heads} heads"
             f" of together {settings.token_dim}, and they are {heads} of {heads * width}; take lora or adapter"
