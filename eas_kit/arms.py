@@ -38,7 +38,7 @@ LEARNING_RATES = {
     "das": 3e-3,
     "pia": 1e-2,
 }
-"""Of each method on the bundled model."""
+"""Of full, lora and pia what was found on the bundled model; of the others where to start, see GRIDS."""
 GRIDS = {
     "full": (2e-4, 5e-4, 1e-3),
     "lora": (1e-3, 3e-3, 1e-2),

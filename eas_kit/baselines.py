@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bottleneck import Bottleneck, like
+from .bottleneck import Behind, Bottleneck, like
 from .errors import ConfigError
 from .masks import check_mask
 from .sites import decoder_layers, find_sites
@@ -61,34 +61,33 @@ def llama_adapter(model: nn.Module, tokens: int = 10, layers: int | None = None)
     """
     from peft import AdaptionPromptConfig, AdaptionPromptModel
 
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    config, (_, stack) = decoder.config, decoder_layers(model)
-    if not 0 < (layers or len(stack)) <= len(stack) or tokens < 1:
+    path, stack = decoder_layers(model)
+    decoder = model.get_submodule(path.rpartition(".")[0])
+    config, layers = decoder.config, len(stack) if layers is None else layers
+    if not 0 < layers <= len(stack) or tokens < 1:
         raise ConfigError(
             f"llama_adapter: wanted 1 to {len(stack)} layers and 1 token or more, got {layers} and {tokens}"
         )
-    kept = [(p, p.requires_grad) for p in model.parameters()]
-    settings = AdaptionPromptConfig(adapter_len=tokens, adapter_layers=layers or len(stack))
+    keys = getattr(model.get_submodule(find_sites(model)[0].path), "k_proj", None)
+    heads = config.num_attention_heads
+    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    if keys is not None and keys.in_features // keys.out_features != groups:
+        raise ConfigError(
+            f"llama_adapter: peft's AdaptionPrompt takes {heads} heads to be as wide as the model together, here they"
+            f" are not ({keys.in_features} wide, keys {keys.out_features}); take prefix_tuning instead"
+        )
+    before = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
+        settings = AdaptionPromptConfig(adapter_len=tokens, adapter_layers=layers)
         AdaptionPromptModel(decoder, {"default": settings}, "default")
     except ValueError as error:
-        for parameter, trained in kept:
-            parameter.requires_grad_(trained)
+        for parameter in before:
+            parameter.requires_grad_(True)
         raise ConfigError(
             f"llama_adapter: {error} peft's AdaptionPrompt knows llama, mistral and gpt2, this language model is a"
             f" {config.model_type}; take prefix_tuning, which works for any decoder with a KV cache"
         ) from error
-    heads = config.num_attention_heads
-    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    attention = find_sites(model)[0]
-    projections = model.get_submodule(attention.path).model
-    if hasattr(projections, "k_proj") and projections.k_proj.in_features // projections.k_proj.out_features != groups:
-        raise ConfigError(
-            f"llama_adapter: peft's AdaptionPrompt takes {heads} heads to be as wide as the model together, here they"
-            f" are not (keys: {projections.k_proj.in_features} to {projections.k_proj.out_features}); take"
-            " prefix_tuning instead"
-        )
     return model, share_trained(model)
 
 
@@ -115,7 +114,7 @@ def bottlenecks(model: nn.Module, rank: int = 128) -> tuple[nn.Module, float]:
     for site in sites:
         layer = model.get_submodule(site.layer_path)
         ffn = getattr(layer, site.slot)
-        setattr(layer, site.slot, nn.Sequential(ffn, like(Bottleneck(site.hidden_size, rank), ffn)))
+        setattr(layer, site.slot, Behind(ffn, like(Bottleneck(site.hidden_size, rank), ffn)))
     return model, share_trained(model)
 
 
@@ -156,5 +155,6 @@ def _language_model(model: nn.Module) -> list[nn.Module]:
 
 
 def share_trained(model: nn.Module) -> float:
+    """Share of the model's parameters that require a gradient."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in counts if trained) / sum(n for n, _ in counts)

@@ -44,6 +44,15 @@ class Bottleneck(nn.Module):
         return x + self.delta(x).to(x.dtype)
 
 
+class Behind(nn.Sequential):
+    """A module, and an adapter that reads what it returns."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module, adapter = self
+        out = module(x, *args, **kwargs)
+        return (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)
+
+
 class Parallel(nn.Module):
     """module(x) + adapter.delta(x): an adapter beside a module."""
 

@@ -207,7 +207,8 @@ class _Table:
             except MergeError:
                 pass
             else:
-                mask = [i for i in net.mask if net.sites[i].kind == "mha"]  # no other kind of site folds
+                attentions = [site.index for site in net.sites if site.kind == "mha"]
+                mask = [attentions.index(site) for site in net.mask]
                 found["merged_macs"] = flops(net, tokens=inputs["input_ids"].shape[1], mask=mask)["total"]
                 calls["merged_"] = partial(net.generate, merge=True)
         if self.plan.latency is not None:

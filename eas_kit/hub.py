@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import ConfigError
+from .errors import ConfigError, MergeError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -107,8 +107,14 @@ def make_card(net: EASModel, about: dict[str, Any], repo_id: str | None = None) 
     """The model card, README.md: base model, mask, ranks and how to load, for people and for the hub's search."""
     from huggingface_hub import ModelCardData
 
+    from .merging import check_attentions_only
     from .models import BUNDLED
 
+    try:
+        check_attentions_only(net)
+        call = "**inputs, merge=True)  # one prompt, or a left-padded batch"
+    except MergeError:
+        call = "**inputs)  # one prompt, or a left-padded batch"
     name, config = about["base_model_name_or_path"], net.config
     on_hub = bool(name) and name not in BUNDLED and not Path(name).is_absolute()
     data = ModelCardData(
@@ -146,7 +152,7 @@ def make_card(net: EASModel, about: dict[str, Any], repo_id: str | None = None) 
         "",
         f'net = eas.load("{what}"{"" if known else ", base=model"})',
         f"processor = load_processor({processor})",
-        "net.generate(**inputs, merge=True)  # one prompt, or a left-padded batch",
+        f"net.generate({call}",
         "```",
         "",
     ]

@@ -56,7 +56,7 @@ class Seat:
 
     @property
     def active(self) -> bool:
-        """True if an adapter of this layer reads the prompt."""
+        """True if an adapter of this layer is at work."""
         return self.role is not None or self.names.ffn in self.placed
 
     @property

@@ -123,8 +123,8 @@ def find_sites(model: nn.Module, kinds: tuple[str, ...] = ("mha",)) -> list[Site
     """All sites of the model, kind after kind in the order of `kinds`, layer after layer within a kind.
 
     With L layers and kinds ("mha", "ffn"), sites 0..L-1 are the attentions and L..2L-1 the feed-forwards; of kind
-    "layer" a site is both together, with the norms between them. Layers that
-    do not fit (linear attention, convolution, cross-attention) have no sites and no numbers; `describe` lists them.
+    "layer" a site is both together. Layers that do not fit (linear attention, convolution, cross-attention) have no
+    sites and no numbers; `describe` lists them.
     Raises UnsupportedModelError for a model in which no layer fits, ConfigError for an unknown kind.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)

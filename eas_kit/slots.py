@@ -2,9 +2,9 @@
 
 A stock layer computes x + Attention(LN1(x)), then x + FFN(LN2(x)). With zeros in the attention's slot and, in the slot
 of LN2, a module that returns g2 * PIA(LN1(x)), the same code computes x + FFN(g2 * PIA(LN1(x))): the skipped layer of
-the paper, whatever else the model's family does around it. With what an adapter adds in the feed-forward's slot as
-well, x + A(LN1(x)), the layer is skipped whole. A norm with a bias b2 adds it after the gain; a parallel
-layer, x + Attention(n) + FFN(n), has no norm in between, and its feed-forward takes PIA(n) as it is.
+the paper, whatever else the model's family does around it. A norm with a bias b2 adds it after the gain; a parallel
+layer, x + Attention(n) + FFN(n), has no norm in between, and its feed-forward takes PIA(n) as it is. To skip a layer
+whole, what the adapter adds stands in the feed-forward's slot: x + PIA(LN1(x)) - LN1(x).
 """
 
 from __future__ import annotations

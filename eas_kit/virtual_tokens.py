@@ -23,18 +23,27 @@ from .bottleneck import Bottleneck, Parallel, like
 from .errors import ConfigError
 from .modes import eval_mode
 from .prompt import find_cache, name_cache
-from .sites import find_sites
+from .sites import decoder_layers, find_sites
 
 
 def prompt_tuning(model: nn.Module, tokens: int = 20) -> tuple[nn.Module, float]:
     """Prompt tuning (Lester et al., 2021): `tokens` learned embeddings in front of the text, all else frozen.
 
     They start as embeddings of random tokens of the vocabulary. Returns a PeftModel and the trainable share of its
-    parameters. Generates with caches that grow, not with static ones (ConfigError).
+    parameters. Raises ConfigError for a decoder that has other layers than attentions, which read padding; in use, for
+    static caches, which lack the room, and for rows padded on the left where attention sees no further than a window
+    that is shorter than they are.
     """
     from peft import PeftModel, PromptTuningConfig
 
     _check_tokens("prompt_tuning", tokens)
+    path, layers = decoder_layers(model)
+    if len(find_sites(model)) != len(layers):
+        raise ConfigError(
+            f"prompt_tuning: {type(model.get_submodule(path.rpartition('.')[0])).__name__} has layers that are no"
+            " attentions: where a row is padded they would read the padding between virtual tokens and text; take lora"
+            " or adapter"
+        )
     config = model.config.get_text_config(decoder=True)
     settings = PromptTuningConfig(
         num_virtual_tokens=tokens,
@@ -54,14 +63,13 @@ def prefix_tuning(model: nn.Module, tokens: int = 20, projection: int | None = N
 
     They start as those of random tokens of the vocabulary, as the model itself reads them. projection: they are made
     by an MLP of that width instead, which starts at random. Returns a PeftModel and the trainable share of its
-    parameters. Raises ConfigError for a decoder whose layers do not all keep keys and values of one shape; in use, for
-    static caches and for gradient checkpointing, which drop what is in the cache.
+    parameters. Raises ConfigError for a decoder whose layers do not all keep keys and values of one shape; in use as
+    `prompt_tuning`, and for gradient checkpointing, which drops what is in the cache.
     """
     from peft import PeftModel, PrefixTuningConfig
 
     _check_tokens("prefix_tuning", tokens)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    config = model.config.get_text_config(decoder=True)
+    decoder, config = _decoder(model), model.config.get_text_config(decoder=True)
     start = _keys_and_values(decoder, torch.randint(0, config.vocab_size, (1, tokens)))  # (layers, 2, heads, tokens, D)
     layers, _, heads, _, width = start.shape
     settings = PrefixTuningConfig(
@@ -73,7 +81,15 @@ def prefix_tuning(model: nn.Module, tokens: int = 20, projection: int | None = N
         prefix_projection=projection is not None,
         encoder_hidden_size=projection,
     )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tuned = PeftModel(model, settings)
+    if (settings.num_attention_heads, settings.token_dim) != (heads, heads * width):  # it goes by the configuration
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise ConfigError(
+            f"prefix_tuning: peft takes the keys of {type(decoder).__name__} to be {settings.num_attention_heads} heads"
+            f" of together {settings.token_dim}, and they are {heads} of {heads * width}; take lora or adapter"
+        )
     if projection is None:
         # (tokens, layers, 2, heads, D), as peft lays them out
         flat = start.permute(3, 0, 1, 2, 4).reshape(tokens, -1)
@@ -105,7 +121,7 @@ class Placement:
 
     def __init__(self, tuned: nn.Module, tokens: int, deep: bool) -> None:
         base = tuned.get_base_model()
-        self.decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+        self.decoder = _decoder(base)
         self.config = base.config.get_text_config(decoder=True)
         self.encode, self.tokens, self.deep = tuned.get_prompt, tokens, deep
         self.names = list(inspect.signature(self.decoder.forward).parameters)
@@ -166,6 +182,15 @@ class Placement:
             )
         if self.deep and self.decoder.training and _recomputes(self.decoder):
             raise ConfigError("prefix tuning lives in the KV cache, which gradient checkpointing drops: switch it off")
+        reach = _reach(self.config)
+        if reach is not None and mask is not None and not mask.is_meta:
+            length = self.tokens + mask.shape[1]
+            if length > reach and (mask[:, :1] == 0).any():
+                raise ConfigError(
+                    f"{type(self.decoder).__name__} has attentions that see {reach} positions, and here are {length}:"
+                    " in a row that is padded on the left they would see padding in the place of virtual tokens;"
+                    " generate such prompts one by one"
+                )
         known = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")
         tokens = values.get("input_ids")
         shape = (values["inputs_embeds"] if tokens is None else tokens).shape[:2]
@@ -175,6 +200,20 @@ class Placement:
                     f"{type(self.decoder).__name__} reads {name} at every position, and virtual tokens have none; take"
                     " prefix_tuning for this family"
                 )
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The module that runs the decoder's layers."""
+    return model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
+
+
+def _reach(config: Any) -> int | None:
+    """Positions that the shortest-sighted attention sees; None for all."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if kinds and all(kind == "full_attention" for kind in kinds):
+        return None
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in windows if window), default=None)
 
 
 def _recomputes(decoder: nn.Module) -> bool:

@@ -365,6 +365,40 @@ def test_learning_rate_is_chosen_on_val(toy_task, tmp_path):
         run_arms(toy_task, toys.make_llava, [Arm("lora")], learning_rates={}, **arguments)
 
 
+def test_every_method_and_kind_of_candidates_runs_and_says_what_it_costs(toy_task, tmp_path):
+    arms = [Arm(method) for method in METHODS if method not in ("full", "lora", "das")]
+    arms += [Arm("pia", 2, "random", wanted) for wanted in CANDIDATES]
+    arms += [Arm("das", 2, "bandit"), Arm("pia", 2, "scorer", "ffn", {"adapt_rank": 0, "parts": "base"})]
+    plan = small_plan(steps=1, latency={"new_tokens": 2, "repeats": 1}, methods={"prefix": {"tokens": 3}})
+    quiet = {"plan": plan, "log": lambda line: None, "out_dir": tmp_path}
+    frame = run_arms(toy_task, toys.make_llava, arms, **quiet).set_index("arm")
+    assert frame.index.tolist() == [arm.name for arm in arms]
+    batch = toy_task.collate(toy_task.val[:1], answers=False)
+    dense = eas.measure.flops(toys.make_llava(), batch)["total"]
+    assert frame.macs["zero_shot"] == frame.merged_macs["pia"] == dense
+    assert frame.merged_macs["pia k=2 random"] < frame.macs["pia k=2 random"] < dense < frame.macs["adapter"]
+    assert frame.macs["pia k=2 random layer"] < frame.macs["pia k=2 random"]
+    attentions = [mask for mask in frame["mask"]["pia k=2 random mha+ffn"] if mask < toys.LAYERS]
+    merged = ["pia", "pia k=2 random", *["pia k=2 random mha+ffn"] * (len(attentions) == 2)]
+    for column in ("merged_macs", "merged_decode_seconds"):
+        assert frame[frame[column].notna()].index.tolist() == merged
+    assert len({frame.merged_macs[name] for name in merged[1:]}) == 1
+    assert (frame[["prefill_seconds", "decode_seconds"]] > 0).all().all()
+    assert frame.trainable["prefix"] == 3 * toys.LAYERS * 2 * 14
+    d, r = toys.WIDTH, 6
+    # rank 6 in place of a layer, rank 4 before the attentions of the others
+    assert frame.trainable["das k=2 bandit"] == 2 * (2 * d * r + r + d) + 3 * (2 * d * 4 + 4 + d)
+    assert all(site >= toys.LAYERS for site in frame["mask"]["pia k=2 random ffn"])
+    assert all(site >= toys.LAYERS for site in frame["mask"]["pia k=2 scorer ffn adapt_rank=0 parts=base"])
+    assert frame.settings["pia k=2 scorer ffn adapt_rank=0 parts=base"] == {"adapt_rank": 0, "parts": "base"}
+    # a rate for DAS is chosen with random layers: with none skipped, and rank 0 at kept ones, nothing would train
+    assert Arm("das", 2, "bandit").plain == Arm("das", 2, "random")
+    grid = {"das": (1e-4, 1e-3)}
+    found = run_arms(toy_task, toys.make_llava, [Arm("das", 2, "bandit")], grid=grid, **quiet)
+    assert found.learning_rate[0] in grid["das"]
+    assert len(list(tmp_path.glob("das_k2_random-*.json"))) == 2
+
+
 def test_rows_of_other_processes_are_left_out_without_waiting(toy_task, tmp_path, monkeypatch):
     quiet = {"plan": small_plan(), "log": lambda line: None, "out_dir": tmp_path}
     run_arms(toy_task, toys.make_llava, [Arm("zero_shot"), Arm("pia")], **quiet)

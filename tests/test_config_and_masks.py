@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eas_kit.config import EASConfig
+from eas_kit.config import EASConfig, SearchConfig
 from eas_kit.errors import ConfigError, EASError
 from eas_kit.masks import check_mask, load_mask, read_mask, save_mask
 
@@ -25,7 +25,26 @@ def test_defaults_are_the_contract():
         "kinds": ("mha",),
         "modules_to_save": None,
         "source": "attention_norm",
+        "adapter": "pia",
+        "parts": "frozen",
+        "pool": "prompt",
+        "path_factor": 0.5,
     }
+
+
+def test_settings_that_came_later_do_not_make_another_run_of_an_old_one():
+    """Checkpoints and results are told apart by `identity`: at their defaults it is that of before."""
+    old = {"skip_rank", "adapt_rank", "groups", "scale", "temperature", "dropout", "kinds", "source"}
+    assert set(EASConfig().identity()) == old
+    assert EASConfig(pool="sequence", modules_to_save=("a",)).identity() == EASConfig().identity() | {
+        "pool": "sequence",
+        "modules_to_save": ("a",),
+    }
+    assert "draws" not in SearchConfig().identity()
+    assert SearchConfig(draws="multinomial").identity()["draws"] == "multinomial"
+    assert "resume" not in SearchConfig().identity()
+    with pytest.raises(ConfigError, match="SearchConfig.draws: wanted one of"):
+        SearchConfig(draws="softmax")
 
 
 def test_round_trip_through_a_file(tmp_path):

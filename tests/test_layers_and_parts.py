@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
+from test_conformance import Subject, generate
 from test_pia import randomise
 from test_prompt import CLOSE, make_net
 from torch.nn import functional as F
 from toys import IMAGE, LAYERS, WIDTH, make_batch, make_llama, make_llava, make_prompts, row_of, snapshot, stir
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import DynamicCache
 
 import eas_kit as eas
 from eas_kit.bottleneck import Bottleneck
@@ -343,26 +345,29 @@ def test_search_and_tuning_of_layers(toy_task, tmp_path):
         eas.fit(net, toy_task)
 
 
-def test_other_shapes_of_layers():
-    """Norms behind the parts (Gemma 2), attention and feed-forward side by side (GPT-NeoX)."""
-    sizes = {"vocab_size": 97, "hidden_size": 28, "intermediate_size": 53, "num_hidden_layers": 3}
-    sizes |= {"num_attention_heads": 2, "pad_token_id": 0, "eos_token_id": None}
-    torch.manual_seed(0)
-    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=14, query_pre_attn_scalar=14))
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, use_parallel_residual=True))
-    prompts = make_prompts(images=None)
-    for model in (gemma.eval(), neox.eval()):
-        with torch.no_grad(), eas.skipping(model, mha=[0], ffn=[0]):
-            removed = model(**prompts).logits
-        net = eas.attach(model, eas.EASConfig(**DAS, skip_rank=6, adapt_rank=4)).eval()
-        net.mask = (0,)
-        with torch.no_grad():
-            assert torch.equal(net(**prompts).logits, removed)
-        stir(net.adapters)
-        cached = net.generate(**prompts, **GREEDY)
-        assert torch.equal(cached, net.generate(**prompts, **GREEDY, use_cache=False))
-        with torch.no_grad():
-            assert not torch.allclose(net(**prompts).logits, removed)
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "jamba", "gptj", "gpt_neox"])
+def test_layers_of_other_families(name):
+    """Norms behind the parts; experts that return a tuple; other layers in between; attention beside feed-forward."""
+    (family,) = [one for one in FAMILIES if one.name == name]
+    subject, model = Subject(family), family.build()
+    mask = (0, 2) if family.sites > 2 else (0,)
+    with torch.no_grad(), eas.skipping(model, mha=mask, ffn=mask):
+        removed = model(**subject.prompts).logits
+    net = eas.attach(model, eas.EASConfig(kinds=("layer",), skip_rank=6, adapt_rank=4))
+    net.mask = mask
+    with torch.no_grad():
+        torch.testing.assert_close(net(**subject.prompts).logits, removed)
+    stir(net.adapters)
+    cached = generate(net, subject.prompts)
+    assert torch.equal(cached, generate(net, subject.prompts, use_cache=False))
+    for number, alone in enumerate(subject.alone):
+        assert torch.equal(generate(net, alone)[0], cached[number])
+
+
+def test_a_card_says_merge_only_where_that_works(tmp_path):
+    for config, merges in ((DAS, False), ({"parts": "base"}, False), ({}, True)):
+        make_net((1,), **config).save_pretrained(tmp_path)
+        assert ("merge=True" in (tmp_path / "README.md").read_text()) == merges
 
 
 def test_a_bottleneck_at_an_attention_site_reads_no_prompt(make_batch):
