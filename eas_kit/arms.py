@@ -30,7 +30,7 @@ CANDIDATES = {"mha": ("mha",), "ffn": ("mha", "ffn"), "mha+ffn": ("mha", "ffn"),
 LEARNING_RATES = {
     "full": 5e-4,
     "lora": 3e-3,
-    "prompt": 3e-2,
+    "prompt": 1e-1,
     "prefix": 1e-2,
     "llama_adapter": 1e-2,
     "adapter": 3e-3,
@@ -42,7 +42,7 @@ LEARNING_RATES = {
 GRIDS = {
     "full": (2e-4, 5e-4, 1e-3),
     "lora": (1e-3, 3e-3, 1e-2),
-    "prompt": (1e-2, 3e-2, 1e-1),
+    "prompt": (3e-2, 1e-1, 3e-1),
     "prefix": (3e-3, 1e-2, 3e-2),
     "llama_adapter": (3e-3, 1e-2, 3e-2),
     "adapter": (1e-3, 3e-3, 1e-2),
