@@ -491,8 +491,8 @@ def tables() -> str:
     ]
     return (
         f"{'; '.join(said)}; {found['machine']['processor']}. Mean ± sd over seeds. *MACs*: millions of multiply-accumulates of the decoder "
-        "layers for one prompt, adapters merged away where that is exact. *Decode*: against the table's first row without skipping, "
-        f"adapters merged or not as the row says. Of the paper's {every} figures that `data/paper_tables.json` has room for, {known} are known to us.\n\n"
+        "layers for one prompt, adapters merged away where that is exact. *Decode*: against the table's first row or, in Table 6, against "
+        f"`base`, merged where the row is. Of the paper's {every} figures that `data/paper_tables.json` has room for, {known} are known to us.\n\n"
         + table(head, rows)
     )
 
