@@ -87,6 +87,9 @@ class EASConfig(Config):
     """Dropout on the bottleneck z, in training only."""
     kinds: tuple[str, ...] = ("mha",)
     """Which sub-modules are sites. Sites are numbered kind after kind, in the order given here."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Paths of modules or parameters of the base model that train beside the adapters and are saved with them (peft's
+    term), in their own dtype; `detach` puts them back. None: what the model's class names, e.g. LaVIN's projection."""
     source: str = "attention_norm"
     """What a skipped attention's adapter reads: "attention_norm" for g2 * PIA(LN1(x)), "ffn_norm" for PIA(LN2(x))."""
 
@@ -94,6 +97,12 @@ class EASConfig(Config):
         if isinstance(self.kinds, str):
             self.kinds = (self.kinds,)
         self.kinds = tuple(self.kinds)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = (self.modules_to_save,)
+        if self.modules_to_save is not None:
+            self.modules_to_save = tuple(self.modules_to_save)
+            every = all(isinstance(path, str) and path for path in self.modules_to_save)
+            self._check(every, "modules_to_save", "paths of modules in the base model, or None")
         self._check(is_int(self.groups, 1), "groups", "a whole number from 1 up")
         divides = f"divisible by groups={self.groups}"
         self._check(

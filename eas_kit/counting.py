@@ -35,7 +35,8 @@ def parameters(net: nn.Module | Any) -> dict[str, Any]:
 
     total, trainable (requires a gradient) and `share` = trainable / total; `language_model`: the decoder with its
     embeddings and head, without vision parts and adapters. For an EASModel also `adapters`: all of them by kind
-    ("skip", "keep"); `active`: those that the present mask uses; `active_share` = active / language_model, the
+    ("skip", "keep"); `active`: those that the present mask uses, and the parts of the base that train beside them
+    (`EASConfig.modules_to_save`); `active_share` = active / language_model, the
     paper's "trainable parameters" (section 4.1), as the adapters that a mask does not use need not be kept.
     """
     if not isinstance(net, nn.Module):
@@ -56,6 +57,8 @@ def parameters(net: nn.Module | Any) -> dict[str, Any]:
     active = defaultdict(int)
     for name, adapter in net.active_adapters().items():
         active[name.split(".")[-1]] += _count(adapter.parameters())
+    if net.trained_parts.parameters:
+        active["modules_to_save"] = _count(net.trained_parts.parameters)
     used = sum(active.values())
     return found | {
         "adapters": dict(every),

@@ -6,6 +6,7 @@ Prefill, training step and optimiser step are the ones of the real model, on ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,7 @@ from .processes import recompute
 from .sites import find_sites
 from .slots import skipping
 from .tracing import LiveBytes
+from .trained_parts import TrainedParts, wanted_parts
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:
@@ -41,8 +43,9 @@ class DryRun:
     def __init__(self, base: nn.Module, eas: EASConfig | None, mask: tuple[int, ...], attention: str) -> None:
         self.base, self.decoder, self.attention = base, base.get_decoder(), attention
         self.net: EASModel | None = None
+        self.parts = TrainedParts(base, wanted_parts(base, eas.modules_to_save) if eas is not None else ())
         if eas is not None:
-            self.net = attach(self.decoder, eas)
+            self.net = attach(self.decoder, replace(eas, modules_to_save=()))
             self.net.mask = mask
             mask = self.net.mask
         elif mask:
@@ -116,11 +119,12 @@ class DryRun:
             )
         if self.net is None:
             full_tuning(self.base)
-        elif not self.net.trainable_parameters(active=True):
+        elif not self.net.trainable_parameters(active=True) and not self.parts.parameters:
             raise ConfigError("training: no adapter is at work under this mask; skip a site, or set adapt_rank")
         else:
             head.requires_grad_(False)
             self.base.get_input_embeddings().requires_grad_(False)
+            self.parts.train()
         (self.net or self.base).train()
         if checkpointing:
             recompute(self.decoder if self.net is not None else self.base, True)
@@ -130,11 +134,11 @@ class DryRun:
             loss = self.base.loss_function(logits=logits, labels=ids, vocab_size=logits.shape[-1])
             forward = memory.peak
             loss.backward()
-        owner = self.base if self.net is None else self.net.adapters
-        trained = [p for p in owner.parameters() if p.requires_grad]
-        inside = {id(p) for p in self.decoder.parameters()}
-        for parameter in trained if self.net is None else ():
-            if id(parameter) not in inside and parameter.grad is None:  # the projector trains too, when images come
+        own = [] if self.net is None else [*self.net.adapters.parameters(), *self.parts.parameters]
+        trained = [p for p in own or self.base.parameters() if p.requires_grad]
+        inside = {id(p) for p in (self.net or self.decoder).parameters()}
+        for parameter in trained:
+            if id(parameter) not in inside and parameter.grad is None:  # a projector trains too, when images come
                 parameter.grad = torch.empty_like(parameter)
         trained = [p for p in trained if p.grad is not None]
         optimizer = torch.optim.AdamW(trained, foreach=False)

@@ -338,8 +338,15 @@ class Loop:
 
 
 def answer_tokens(batch: dict) -> int:
-    """Label positions that enter the loss: the model predicts position t + 1 at t, so the first has no say."""
-    count = int((batch["labels"][:, 1:] != -100).sum())
+    """Labels that enter the loss: of tokens (B, S) those that are not -100, of a classifier one an example.
+
+    A model that predicts position t + 1 at t has no say about the first token. A classifier's labels are (B,) classes,
+    or soft targets (B, classes) of a float type.
+    """
+    labels = batch["labels"]
+    if labels.ndim == 1 or labels.is_floating_point():
+        return len(labels)
+    count = int((labels[:, 1:] != -100).sum())
     if count == 0:
         raise TrainingError("A batch has no answer token: all its labels are -100. Check the task's collate.")
     return count

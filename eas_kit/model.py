@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from threading import RLock
@@ -51,6 +52,7 @@ from .saving import load_adapters, save_adapters
 from .seats import make_adapters, make_seats
 from .sites import find_sites
 from .slots import RECORDED, install_recorders
+from .trained_parts import TrainedParts, wanted_parts
 
 __all__ = ["EASModel", "attach", "detach", "load"]
 
@@ -86,7 +88,8 @@ class EASModel(nn.Module):
 
     Attributes: `base` (the transformers model), `config` (EASConfig), `sites` (list[Site]), `num_sites`,
     `mask_origin` (made_by and seed of the present mask, for its file),
-    `adapters` (nn.ModuleDict: site number, then "skip" or "keep"; all that is trained and saved).
+    `adapters` (nn.ModuleDict: site number, then "skip" or "keep"), and `trained_parts` (of the base, see
+    `config.modules_to_save`): together all that is trained and saved.
     """
 
     supports_gradient_checkpointing = True
@@ -114,13 +117,18 @@ class EASModel(nn.Module):
         if is_attached(base):
             raise ConfigError("this model carries eas_kit adapters already; eas_kit.detach(net) it first")
         sites = find_sites(base, config.kinds)
+        parts = wanted_parts(base, config.modules_to_save)
+        if parts:  # also what the model itself names goes into the file, where its class may name others one day
+            config = replace(config, modules_to_save=parts)
         self.config, self.sites, self.num_sites = config, sites, len(sites)
         self.adapters = make_adapters(base, sites, config)
+        self.trained_parts = TrainedParts(base, parts)
         self.base = base
         self.training = base.training
         self._unfrozen = [p for p in base.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
+        self.trained_parts.train()
         self._seats = make_seats(base, sites, self._layer_prompt)
         self._mask: tuple[int, ...] = ()
         self.mask_origin: dict[str, Any] = dict(NOT_SEARCHED)
@@ -413,9 +421,11 @@ class EASModel(nn.Module):
         return out
 
     def trainable_parameters(self, *, active: bool = False) -> list[nn.Parameter]:
-        """The adapters' parameters that train; with `active` only those the present mask uses."""
+        """The parameters that train: the adapters', with `active` only those the present mask uses, and those of
+        `config.modules_to_save`."""
         owners = self.active_adapters().values() if active else [self.adapters]
-        return [p for owner in owners for p in owner.parameters() if p.requires_grad]
+        every = [p for owner in owners for p in owner.parameters()] + self.trained_parts.parameters
+        return [p for p in every if p.requires_grad]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """As the base model's; `detach` and `gradient_checkpointing_disable` leave no trace of it."""
@@ -465,6 +475,7 @@ class EASModel(nn.Module):
             seat.clear()
         self._unhook_top()
         self._folded.clear()
+        self.trained_parts.restore()
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)
         self._detached = True

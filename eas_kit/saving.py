@@ -22,6 +22,7 @@ from .config import EASConfig, is_int, read_json
 from .errors import ConfigError
 from .hub import CARD_FILE, fetch, looks_like_path, make_card, may_replace
 from .masks import read_mask, save_mask
+from .trained_parts import PREFIX
 
 if TYPE_CHECKING:
     from .model import EASModel
@@ -102,7 +103,8 @@ def save_adapters(net: EASModel, folder: Path, repo_id: str | None = None) -> No
     name = about["base_model_name_or_path"]
     if repo_id and name and Path(name).is_absolute():
         name = about["base_model_name_or_path"] = None
-    state = {name: value.detach() for name, value in net.adapters.state_dict().items()}
+    parts = {PREFIX + name: value for name, value in net.trained_parts.tensors.items()}
+    state = {name: value.detach() for name, value in (net.adapters.state_dict() | parts).items()}
     if any(isinstance(value, DTensor) for value in state.values()):
         state = {name: value.full_tensor() for name, value in state.items()}  # by all processes together
         if distributed.get_rank() != 0:
@@ -287,7 +289,8 @@ def _fill(net: EASModel, saved: Saved) -> None:
                 f"load: {saved.folder} was made for {about.get('base_model_class')} with {what} {about[what]}, this"
                 f" base model has {here}; pass the base it was attached to ({about.get('base_model_name_or_path')})"
             )
-    own = dict(net.adapters.named_parameters())
+    parts = {PREFIX + name: tensor for name, tensor in net.trained_parts.tensors.items()}
+    own = dict(net.adapters.named_parameters()) | parts
     problems = [f"{name} is missing" for name in own if name not in saved.tensors]
     unknown = [name for name in saved.tensors if name not in own] if saved.newer else []
     if unknown and not problems:
@@ -304,13 +307,15 @@ def _fill(net: EASModel, saved: Saved) -> None:
             problems.append(f"{name} is unknown")
         elif tensor.shape != own[name].shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, wanted {tuple(own[name].shape)}")
-        elif tensor.dtype not in FLOATS:
+        elif tensor.dtype not in FLOATS and own[name].is_floating_point():
             problems.append(f"{name} has dtype {tensor.dtype}, wanted 16, 32 or 64 bits of floating point")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise saved.error(WEIGHTS_FILE, f"does not fit its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}")
     for name, parameter in own.items():
-        # in the type that was saved; a copy, for what load_file returns is the file itself, mapped into memory
-        parameter.data = saved.tensors[name].to(parameter.device, copy=True)
+        # in the type that was saved, parts of the base in the base's; a copy, for what load_file returns is the file
+        # itself, mapped into memory
+        dtype = parameter.dtype if name in parts else None
+        parameter.data = saved.tensors[name].to(parameter.device, dtype, copy=True)
     net.mask = saved.mask["skipped"]
     net.mask_origin = {"made_by": saved.mask.get("made_by", "user"), "seed": saved.mask.get("seed")}

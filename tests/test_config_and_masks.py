@@ -23,6 +23,7 @@ def test_defaults_are_the_contract():
         "temperature": 10.0,
         "dropout": 0.1,
         "kinds": ("mha",),
+        "modules_to_save": None,
         "source": "attention_norm",
     }
 
