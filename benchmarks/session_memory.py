@@ -2,11 +2,13 @@
 
     python benchmarks/session_memory.py                    two minutes; needs playwright and chromium
     python benchmarks/session_memory.py --notebooks 00_start_here 01_probe_redundancy
+    python benchmarks/session_memory.py --open 3           three notebooks at a time (default: 2)
     python benchmarks/session_memory.py --parameters own   the notebooks' own parameters, not the small ones
     python benchmarks/session_memory.py --out FILE.json    (default: results/session_memory.json)
 
 Each notebook is opened and run in a real browser, in a JupyterLab without access to other machines, one after the
-other; kernels stay, as they do for a reader who follows the links. Measured is what Binder's limit counts: the server
+other. So many stay open, with their kernels; before a further one the oldest is closed and shut down, as the first page
+advises where memory is short. Measured is what Binder's limit counts: the server
 and everything it started, the browser not. `resident MB` counts pages that processes share (torch's code) for each of
 them, `proportional MB` once; peaks, sampled four times a second.
 """
@@ -77,19 +79,27 @@ def rounded(values: dict[str, float]) -> dict[str, int]:
     return {name: round(value) for name, value in values.items()}
 
 
-def measure(notebooks: list[str], small: bool) -> dict:
+def measure(notebooks: list[str], small: bool, at_once: int) -> dict:
     """Runs the notebooks in one session; what it held after each, and at its peak."""
-    steps = []
+    steps, pages = [], []
     with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab, Meter(lab.process.pid) as meter:
         steps.append({"after": "the server's start"} | rounded(meter.look()))
         with Browser() as browser:
             for name in notebooks:
+                if len(pages) == at_once:
+                    pages.pop(0).close_and_shut_down()
                 began = time.perf_counter()
                 page = browser.open(lab, lab.add(name, None if small else {}))
                 opened = time.perf_counter() - began
+                pages.append(page)
                 page.run_all()
                 held = rounded(meter.look())
-                seconds = {"opened after s": round(opened, 1), "run after s": round(time.perf_counter() - began, 1)}
+                kernels = len(lab.ask("api/kernels"))
+                seconds = {
+                    "kernels": kernels,
+                    "opened after s": round(opened, 1),
+                    "run after s": round(time.perf_counter() - began, 1),
+                }
                 steps.append({"after": name} | held | seconds)
                 downloads = sorted(page.outside - {BADGE})
                 if page.problems or downloads:
@@ -101,12 +111,13 @@ def measure(notebooks: list[str], small: bool) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--notebooks", nargs="+", default=NOTEBOOKS)
+    parser.add_argument("--open", type=int, default=2, metavar="N", help="notebooks that stay open (default: 2)")
     parser.add_argument("--parameters", choices=("small", "own"), default="small")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "session_memory.json")
     chosen = parser.parse_args(arguments)
     if why_not():
         parser.error(why_not())
-    found = measure(chosen.notebooks, small=chosen.parameters == "small")
+    found = measure(chosen.notebooks, small=chosen.parameters == "small", at_once=chosen.open)
     for step in found["steps"]:
         words = ", ".join(f"{name} {value}" for name, value in step.items() if name != "after")
         print(f"after {step['after']}: {words}")
@@ -115,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {
         "command": " ".join(["python benchmarks/session_memory.py", *(arguments or sys.argv[1:])]),
         "parameters": chosen.parameters,
+        "open at once": chosen.open,
         "limit_mb": LIMIT_MB,
         **found,
         "machine": {"cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)},

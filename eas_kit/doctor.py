@@ -33,14 +33,18 @@ OPTIONAL = {
 }
 
 
+LITTLE_GB = 0.8  # free memory below which a notebook with the bundled model may end in "Kernel died"
+
+
 @dataclass
 class Findings:
-    """What the doctor saw. ``problems`` keep eas_kit from working; each says what to do."""
+    """What the doctor saw. ``problems`` keep eas_kit from working, ``advice`` does not; each says what to do."""
 
     machine: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     missing_optional: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -60,6 +64,7 @@ class Findings:
         if self.missing_optional:
             lines += ["", "not here, needed only for some things"]
             lines += [f"  {name:<18}{use}" for name, use in self.missing_optional.items()]
+        lines += ["", *self.advice] if self.advice else []
         lines += ["", *(f"PROBLEM: {problem}" for problem in self.problems), "" if self.problems else "All well."]
         return "\n".join(lines).rstrip()
 
@@ -71,7 +76,7 @@ def check() -> None:
         RunError: something that eas_kit needs is missing or too old; the message says what to do.
     """
     findings = examine()
-    print(findings.line())
+    print("\n".join([findings.line(), *findings.advice]))
     if findings.problems:
         raise RunError("\n".join(findings.problems))
 
@@ -131,9 +136,14 @@ def _machine(findings: Findings) -> None:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "device": _device(),
         "cores": f"{cores():g}",
-        "memory": f"{memory_gb():.1f} GB ({min(psutil.virtual_memory().available / 2**30, memory_gb()):.1f} GB free)",
+        "memory": f"{memory_gb():.1f} GB ({free_gb():.1f} GB free)",
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GB free here",
     }
+    if free_gb() < LITTLE_GB:
+        findings.advice.append(
+            f"little memory is free, {free_gb():.1f} GB: end what else is open, in JupyterLab with "
+            "File, Close and Shut Down Notebook, in each notebook that you are done with"
+        )
 
 
 def _device() -> str:
@@ -162,6 +172,16 @@ def memory_gb() -> float:
     total = psutil.virtual_memory().total
     limit = _cgroup("memory.max")
     return (min(total, int(limit)) if limit.isdigit() else total) / 2**30
+
+
+def free_gb() -> float:
+    """Memory that is still free for this process, GiB; in a container, of the container's limit."""
+    available = psutil.virtual_memory().available
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit.isdigit() and used.isdigit():
+        files = re.search(r"^inactive_file (\d+)$", _cgroup("memory.stat"), re.MULTILINE)  # given back when wanted
+        available = min(available, int(limit) - int(used) + (int(files[1]) if files else 0))
+    return max(available, 0) / 2**30
 
 
 def _cgroup(name: str) -> str:

@@ -355,8 +355,19 @@ class NotebookPage:
             self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
             self.page.screenshot(path=folder / f"{name}_{width}.png")
 
+    def close_and_shut_down(self) -> None:
+        """File, Close and Shut Down Notebook: ends this notebook's kernel alone."""
+        before = len(self.lab.ask("api/kernels"))
+        self.begin("notebook:close-and-shutdown")
+        self.page.locator(".jp-Dialog-button.jp-mod-warn, .jp-Dialog-button.jp-mod-accept").last.click()
+        end = time.monotonic() + STEP
+        while len(self.lab.ask("api/kernels")) == before:
+            assert time.monotonic() < end, "the kernel goes on"
+            time.sleep(0.1)
+        self.page.close()
+
     def close(self) -> None:
-        """Closes the page and ends the kernel behind it."""
+        """Closes the page and ends the kernels of all pages."""
         self.page.close()
         self.lab.end_kernels()
 

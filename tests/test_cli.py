@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from books import make_book
@@ -104,6 +105,7 @@ def test_doctor(capsys, monkeypatch, tmp_path):
     for name in doctor.WEIGHT_FILES:
         (tmp_path / name).write_text("x")
     monkeypatch.setattr(doctor, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(doctor, "free_gb", lambda: 3.0)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for word in ("torch", "transformers", "device", "memory", "cores", "All well."):
@@ -112,6 +114,26 @@ def test_doctor(capsys, monkeypatch, tmp_path):
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert line.startswith(f"eas_kit {eas_kit.__version__} · torch ")
+
+
+@pytest.mark.parametrize(
+    ("used", "files", "free"),
+    [(1.5, 0.0, 0.5), (1.5, 0.4, 0.9), (2.5, 0.0, 0.0), (0.0, 0.0, 2.0)],
+    ids=["little", "files are given back", "more than all", "all"],
+)
+def test_doctor_sees_what_is_free_of_a_containers_memory(monkeypatch, capsys, used, files, free):
+    gb = 1 << 30
+    there = {"memory.max": str(2 * gb), "memory.current": str(int(used * gb)), "cpu.max": "max 100000"}
+    there["memory.stat"] = f"anon 17\ninactive_file {int(files * gb)}\nactive_file 19"
+    monkeypatch.setattr(doctor, "_cgroup", there.__getitem__)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * gb, available=32 * gb))
+    assert doctor.free_gb() == pytest.approx(free)
+    check()
+    said = capsys.readouterr().out
+    assert f"2.0 GB ({free:.1f} GB free)" in said
+    warned = "File, Close and Shut Down Notebook" in said
+    assert warned == (free < doctor.LITTLE_GB)
+    assert ("little memory is free" in examine().text()) == warned
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do(capsys, monkeypatch, tmp_path):
