@@ -85,25 +85,27 @@ class SkipMaskWidget(ipywidgets.VBox):
         state = self.state
         rows = blocks(state.kinds)
         longest = max(stop - first for _, first, stop in rows)
-        self._width = parts.toggle_width(longest)
         self._kinds = list(dict.fromkeys(state.kinds))
         self.toggles = [self._toggle(site) for site in range(state.num_sites)]
-        self._values = {}
+        self._values, lines = {}, []
         thin = {"height": "16px", "margin": "0"}
-        layers = ipywidgets.HTML(parts.cells(range(longest), self._width, 11), layout=thin)
-        lines = [self._line("layer", layers, thin=True)]
-        for name, first, stop in rows:
-            row = self._line(name, *self.toggles[first:stop])
-            row.add_class(f"skipmask-{name.lower().replace(' ', '-')}")
-            self._values[first, stop] = ipywidgets.HTML(layout=thin)
-            lines += [row, self._line("", self._values[first, stop], thin=True)]
+        for begin, end in parts.lines_of(longest):
+            layers = ipywidgets.HTML(parts.cells(range(begin, end), 11), layout=thin)
+            lines.append(self._line("layer", layers, thin=True))
+            for name, first, stop in rows:
+                here = first + begin, min(first + end, stop)
+                if here[0] < here[1]:
+                    row = self._line(name, *self.toggles[slice(*here)])
+                    row.add_class(f"skipmask-{name.lower().replace(' ', '-')}")
+                    self._values[here] = ipywidgets.HTML(layout=thin)
+                    lines += [row, self._line("", self._values[here], thin=True)]
         # one box that scrolls where the page is narrow: the rows then stay above each other, layer by layer
         self.sites = ipywidgets.VBox(lines, layout={"overflow": "auto", "max_width": "100%"})
         self.sites.add_class("skipmask-sites")
         self._meaning = ipywidgets.HTML()
 
     def _toggle(self, site: int) -> ipywidgets.ToggleButton:
-        width = f"{self._width}px"
+        width = f"{parts.TOGGLE}px"
         toggle = ipywidgets.ToggleButton(
             description=str(site),
             layout={"width": width, "min_width": width, "padding": "0", "margin": "2px 1px 0 1px"},
@@ -274,7 +276,7 @@ class SkipMaskWidget(ipywidgets.VBox):
         state = self.state
         self._style.value = parts.style_sheet(state.preferences, self._name)
         for (first, stop), row in self._values.items():
-            row.value = parts.cells([parts.short(v) for v in state.preferences[first:stop]], self._width)
+            row.value = parts.cells([parts.short(v) for v in state.preferences[first:stop]])
         for site, toggle in enumerate(self.toggles):
             kind, value = state.kinds[site], state.preferences[site]
             name, layer = kind_look(kind)[2], site - state.kinds.index(kind)

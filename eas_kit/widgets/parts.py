@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,15 @@ NAMES = {  # how the panel writes a number: its name, and its value
 }
 
 
-def toggle_width(sites_in_row: int) -> int:
-    """Pixels of a toggle: 32 sites, with their label, fit into a notebook in a window of 1,280 pixels."""
-    return 38 if sites_in_row <= 24 else 30
+TOGGLE = 38  # pixels of a toggle
+LONGEST_LINE = 20  # toggles that fit, with their label, beside the file browser in a window of 1,280 pixels
+
+
+def lines_of(sites_in_row: int) -> list[tuple[int, int]]:
+    """Where the lines begin and end that a row of sites is broken into: as few as will do, about equally long."""
+    count = math.ceil(sites_in_row / LONGEST_LINE)
+    ends = [round(sites_in_row * line / count) for line in range(count + 1)]
+    return list(pairwise(ends))
 
 
 def short(value: float) -> str:
@@ -75,9 +83,9 @@ def style_sheet(preferences: np.ndarray, panel: str) -> str:
     return f"<style>{''.join(rules)}</style>"
 
 
-def cells(texts: Sequence[Any], width: int, size: int = 10) -> str:
+def cells(texts: Sequence[Any], size: int = 10) -> str:
     """Texts in a row under (or over) the toggles, one as wide as a toggle with its margins."""
-    style = f"display:inline-block;width:{width + 2}px;text-align:center;overflow:hidden"
+    style = f"display:inline-block;width:{TOGGLE + 2}px;text-align:center;overflow:hidden"
     row = "".join(f'<span style="{style}">{escape(str(text))}</span>' for text in texts)
     return f'<div style="white-space:nowrap;line-height:12px;font-size:{size}px;color:{GREY}">{row}</div>'
 
