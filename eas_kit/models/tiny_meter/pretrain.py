@@ -203,9 +203,10 @@ def save(net: Pretraining, processor, folder: Path, recipe: Recipe, minutes: flo
         for name, value in net.heads[task].state_dict().items()
     }
     save_file(heads, new / HEADS_FILE, metadata={"format": "pt"})
-    (new / "recipe.json").write_text(
-        json.dumps({"recipe": asdict(recipe), "torch": torch.__version__}, indent=1) + "\n"
-    )
+    facts = {"recipe": asdict(recipe), "cpu_minutes": round(minutes, 1), "torch": torch.__version__}
+    (new / "recipe.json").write_text(json.dumps(facts, indent=1) + "\n")
+    for file in new.iterdir():
+        file.chmod(0o644)  # safetensors writes for its owner alone
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(new, folder)
     return folder
