@@ -133,7 +133,7 @@ def test_losses():
     torch.testing.assert_close(model(**batch, labels=soft).loss, wanted)
     half = model.bfloat16()(**batch, labels=soft.float())
     assert half.logits.dtype == torch.bfloat16 and half.loss.dtype == torch.float32
-    assert half.loss.item() == pytest.approx(float(wanted), rel=0.05)
+    assert half.loss.item() == pytest.approx(wanted.item(), rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------- skipped sites

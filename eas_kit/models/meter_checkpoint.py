@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,8 +195,3 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     grid = wide.view(1, own, own, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:1], grid.flatten(2)[0].T.to(positions.dtype)])
-
-
-def as_dict(report: CheckpointReport) -> dict[str, Any]:
-    """The report as plain values."""
-    return dict(vars(report))

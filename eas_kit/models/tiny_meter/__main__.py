@@ -28,10 +28,14 @@ def main() -> None:
     for field in fields(Recipe):
         if isinstance(field.default, int | float):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    for name in ("seeing", "mixture"):
+        default = getattr(Recipe(), name)
+        parser.add_argument(f"--{name}", type=int, nargs=len(default), default=default, help="examples a step")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.out:
-        recipe = Recipe(**{f.name: getattr(given, f.name) for f in fields(Recipe) if hasattr(given, f.name)})
+        settings = {f.name: getattr(given, f.name) for f in fields(Recipe) if hasattr(given, f.name)}
+        recipe = Recipe(**settings | {name: tuple(settings[name]) for name in ("seeing", "mixture")})
         print(f"wrote {pretrain(given.out, recipe, given.resume)}; move it to {TINY}, then --score", flush=True)
         return
     scores = TINY / "scores.json"

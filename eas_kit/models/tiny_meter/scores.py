@@ -21,7 +21,7 @@ TASKS = {"vqa": "boards-vqa", "nlvr2": "boards-nlvr2", "retrieval": "boards-retr
 RANKED = 50  # boards in a retrieval, each with two captions
 RANK = 16
 TUNING = {"batch_size": 32, "learning_rate": 2e-3, "lr_warmup_steps": 20, "progress": False}
-SEARCH = {"warmup_steps": 60, "updates": 20, "train_steps_per_update": 5, "reward_batch_size": 64}
+SEARCH = {"warmup_steps": 20, "updates": 8, "train_steps_per_update": 4, "reward_batch_size": 48}
 
 
 def score(seed: int = 0) -> dict[str, Any]:
