@@ -38,7 +38,7 @@ LEARNING_RATES = {
     "das": 1e-2,
     "pia": 1e-2,
 }
-"""On the bundled model: from prompt to das the best of GRIDS by loss on val (benchmarks/grids/rates.yaml, 120 steps)."""
+"""On the bundled model; from prompt to das the best of GRIDS by loss on val (benchmarks/grids/rates.yaml)."""
 GRIDS = {
     "full": (2e-4, 5e-4, 1e-3),
     "lora": (1e-3, 3e-3, 1e-2),
