@@ -22,6 +22,7 @@ from .config import EASConfig, SearchConfig, TrainConfig
 from .errors import EASError, RunError
 from .paper import make_arm, read_tables, row_of, scaled_arm
 from .sites import find_sites
+from .tasks.closed import ClosedTask
 
 
 @dataclass(frozen=True)
@@ -160,18 +161,20 @@ def make_plan(run: ArmRun, task: Any) -> Plan:
         "mixed_precision": run.mixed_precision,
         "progress": False,
     }
-    closed = all(getattr(e, "choices", None) for e in (task.test[i] for i in range(min(20, len(task.test)))))
+    some = (task.test[i] for i in range(min(20, len(task.test))))
+    # a model with a head over a closed list writes nothing: there is one way to ask it
+    options = not isinstance(task, ClosedTask) and all(getattr(e, "choices", None) for e in some)
     search = {"learning_rate": rate[0] if isinstance(rate, list) else rate, **shared, **run.search}
-    options = {
+    defaults = {
         "steps": run.steps,
         "train": TrainConfig(**shared),
         "eas": EASConfig(skip_rank=run.skip_rank, adapt_rank=run.adapt_rank, dropout=run.dropout),
         "search": SearchConfig(**search),
         "evaluate": dict(run.evaluate),
-        "zero_shot": {"method": "options"} if closed else {},  # an untuned model does not know the answers' form
+        "zero_shot": {"method": "options"} if options else {},  # an untuned model does not know the answers' form
         "score_limit": run.val_limit,
     }
-    return Plan(**(options | run.plan))
+    return Plan(**(defaults | run.plan))
 
 
 @functools.lru_cache(maxsize=1)

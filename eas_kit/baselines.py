@@ -4,8 +4,12 @@ Prompt tuning, prefix tuning and MAM are in `virtual_tokens.py`; DAS, which sear
 `EASConfig(kinds=("layer",), adapter="bottleneck")`.
 
 Each function prepares a model that `fit` and a task's `evaluate` take as it is, and says which share of the model's
-parameters it trains. The vision tower is never trained: modules are picked by their full path inside of the language
-model, not by a name like "q_proj", which vision towers use as well.
+parameters it trains. A decoder's vision tower is never trained: modules are picked by their full path inside of the
+language model, not by a name like "q_proj", which vision towers use as well.
+
+A model that names its sites itself (METER) names what these functions need besides: `eas_layers`, the lists of layers
+in which LoRA goes, and `eas_modules_to_save`, what has to train whatever the method, its task's head. Adapters stand
+behind the feed-forwards of its sites of kind "layer".
 """
 
 from __future__ import annotations
@@ -18,14 +22,17 @@ from torch import Tensor, nn
 from .bottleneck import Behind, Bottleneck, like
 from .errors import ConfigError
 from .masks import check_mask
-from .sites import decoder_layers, find_sites
+from .sites import decoder_layers, find_sites, names_its_sites
+from .trained_parts import TrainedParts, wanted_parts
 
 VISION = ("vision", "visual", "image_encoder")  # in the paths of vision towers
 
 
 def full_tuning(model: nn.Module, projector: bool = True) -> tuple[nn.Module, float]:
     """The language model trains whole, embeddings and head included; with `projector` also what lies between the
-    vision tower and it. Returns the model (the same object) and the trainable share of its parameters.
+    vision tower and it. A model without a decoder (METER) is tuned whole, its vision tower too: its encoders have been
+    trained together before, and a LLaVA's tower never was. Returns the model (the same object) and the trainable share
+    of its parameters.
     """
     inside = {id(p) for part in _language_model(model) for p in part.parameters()}
     for name, parameter in model.named_parameters():
@@ -37,15 +44,18 @@ def full_tuning(model: nn.Module, projector: bool = True) -> tuple[nn.Module, fl
 def lora(
     model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.05, linears: tuple[str, ...] | None = None
 ) -> tuple[nn.Module, float]:
-    """LoRA on the linears of the decoder layers. Returns a PeftModel and the trainable share of its parameters.
+    """LoRA on the linears of the decoder layers, of METER those of RoBERTa and of the fusion layers, whose head trains
+    along (peft's modules_to_save). Returns a PeftModel and the trainable share of its parameters.
 
     linears: names within a layer ("q_proj", "v_proj"); None: all of them. The output head is not among them.
     Raises ConfigError if no linear has such a name.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = language_linears(model, linears)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    targets, along = language_linears(model, linears), list(_trained_along(model)) or None
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, modules_to_save=along, bias="none"
+    )
     tuned = get_peft_model(model, config)
     return tuned, share_trained(tuned)
 
@@ -107,14 +117,15 @@ class LayerAdapter(Bottleneck):
 
 def bottlenecks(model: nn.Module, rank: int = 128) -> tuple[nn.Module, float]:
     """A bottleneck adapter behind the feed-forward of every decoder layer, the rest frozen: one a layer, as "Adapter"
-    in the paper's Table 1. Returns the model (the same object, changed) and the trainable share of its parameters.
+    in the paper's Table 1. Of METER, of every fusion layer of both streams, before the sum with what the feed-forward
+    read; its head trains along. Returns the model (the same object, changed) and the trainable share of its parameters.
     """
-    sites = find_sites(model, ("ffn",))
+    sites = find_sites(model, ("layer",))
     model.requires_grad_(False)
+    TrainedParts(model, _trained_along(model)).train()
     for site in sites:
-        layer = model.get_submodule(site.layer_path)
-        ffn = getattr(layer, site.slot)
-        setattr(layer, site.slot, Behind(ffn, like(Bottleneck(site.hidden_size, rank), ffn)))
+        ffn = model.get_submodule(site.ffn_path)
+        model.set_submodule(site.ffn_path, Behind(ffn, like(Bottleneck(site.hidden_size, rank), ffn)))
     return model, share_trained(model)
 
 
@@ -138,17 +149,27 @@ def skip_layers(model: nn.Module, layers: Iterable[int], rank: int = 128) -> tup
 
 
 def language_linears(model: nn.Module, linears: tuple[str, ...] | None = None) -> list[str]:
-    """Full module paths of the linears in the decoder layers, all or those with the given last names."""
-    path, layers = decoder_layers(model)
-    found = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    """Full module paths of the linears in the decoder layers (of a model that names its `eas_layers`, in those), all or
+    those with the given last names.
+    """
+    lists = model.eas_layers if names_its_sites(model) else (decoder_layers(model)[0],)
+    named = ((path, model.get_submodule(path).named_modules()) for path in lists)
+    found = [f"{path}.{name}" for path, inside in named for name, module in inside if isinstance(module, nn.Linear)]
     chosen = [name for name in found if linears is None or name.split(".")[-1] in linears]
     if not chosen:
         known = sorted({name.split(".")[-1] for name in found})
         raise ConfigError(f"linears: wanted some of {known}, got {list(linears or ())}")
-    return [f"{path}.{name}" for name in chosen]
+    return chosen
+
+
+def _trained_along(model: nn.Module) -> tuple[str, ...]:
+    """Paths of what trains whatever the method. LaVIN's parts are adapters of its own method, and no head."""
+    return wanted_parts(model, None) if names_its_sites(model) else ()
 
 
 def _language_model(model: nn.Module) -> list[nn.Module]:
+    if names_its_sites(model):
+        return [model]
     parts = [model.get_decoder()] if hasattr(model, "get_decoder") else [model]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return parts if head is None else [*parts, head]

@@ -33,6 +33,7 @@ from .model import EASModel, attach
 from .modes import eval_mode
 from .probe import score_without
 from .scorers import SCORERS
+from .tasks.matching import MatchingTask
 from .timing import latency
 from .training import candidate_sites, fit, search
 
@@ -167,6 +168,8 @@ class _Table:
         settings = plan.zero_shot if arm.method == "zero_shot" else plan.evaluate
         for split in ("val", "test"):
             found = task.evaluate(net, split, **settings)
+            if isinstance(task, MatchingTask):  # ranking has no loss; this is that of the batches it trains on
+                found["loss"] = task.score(net, split, limit=settings.get("limit"))["loss"]
             row |= {f"{split}_{part}": found[part] for part in ("accuracy", "loss")}
             row["details"] = row.get("details", {}) | {split: found}
         row["unparsed"] = row["details"]["test"].get("unparsed")

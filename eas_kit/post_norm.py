@@ -12,6 +12,10 @@ cross-attention, padding excluded. There is no prompt to tell apart and nothing 
 Nothing of this can be folded into the feed-forward behind it. That one reads LayerNorm(x + delta), and a norm behind
 the sum divides by a number that depends on every position, so that no change of weights gives the same.
 
+Of kind "layer" a site is one stream's whole layer, self-attention, cross-attention and feed-forward with their norms:
+x + PIA's delta, or x + a bottleneck's (DAS). The mean is of x alone, and the other stream reads what it always reads:
+this stream's input of the same layer.
+
 A model names such sites itself, in a method `eas_sites(kinds)`; `find_sites` asks for it.
 """
 
@@ -24,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .bottleneck import Bottleneck
 from .config import EASConfig
 from .errors import ConfigError, UnsupportedModelError
 from .pia import PIA
@@ -34,6 +39,8 @@ NO_FOLD = (
     "its LayerNorm comes after the sum (post-norm), so that no change of the feed-forward's weights gives"
     " FFN(LayerNorm(x + adapter)); the adapter stays and runs unmerged"
 )
+FEED_FORWARD = ("intermediate", "output")  # of a BERT layer, in running order
+NO_LINEAR = "a skipped layer leaves no linear to fold its adapter into; it runs unmerged"
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,12 @@ class PostNormSite:
     kind: str = "mha"
 
     unmergeable: ClassVar[str] = NO_FOLD
+    what: ClassVar[str] = "attention"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Where stand-ins are put, inside the module at `layer_path`."""
+        return (self.slot,)
 
     @property
     def path(self) -> str:
@@ -67,7 +80,7 @@ class PostNormSite:
     def names(self) -> Any:
         """What asks a decoder layer for its parts cannot go on here: UnsupportedModelError says so."""
         raise UnsupportedModelError(
-            f"{self.path} ({self.name}) is a post-norm attention, not a part of a decoder layer: there is no residual"
+            f"{self.path} ({self.name}) is a post-norm {self.what}, not a part of a decoder layer: there is no residual"
             " stream beside its norm and no decoding. Of the training-free scores single_ablation works; for times,"
             " time net(**batch)"
         )
@@ -76,30 +89,65 @@ class PostNormSite:
         """ConfigError for settings that these sites do not have."""
         if config.adapt_rank:
             raise ConfigError(
-                f"EASConfig.adapt_rank: wanted 0, got {config.adapt_rank}: {self.path} is a post-norm attention, and"
-                " these have an adapter where they are skipped and none where they are kept (the paper's setting for"
-                " METER: EASConfig(skip_rank=144, adapt_rank=0))"
+                f"EASConfig.adapt_rank: wanted 0, got {config.adapt_rank}: {self.path} is a post-norm {self.what},"
+                " and these have an adapter where they are skipped and none where they are kept (the paper's setting"
+                " for METER: EASConfig(skip_rank=144, adapt_rank=0))"
             )
         if config.source != "attention_norm":
             raise ConfigError(
-                f"EASConfig.source: wanted 'attention_norm', got {config.source!r}: before the post-norm attention"
-                f" {self.path} there is no second norm to read from; leave source out"
+                f"EASConfig.source: wanted 'attention_norm', got {config.source!r}: before the post-norm"
+                f" {self.what} {self.path} there is no second norm to read from; leave source out"
             )
 
     def row(self, model: nn.Module) -> dict[str, Any]:
         """The site's row in `describe`."""
-        attention, layer = model.get_submodule(self.path), model.get_submodule(self.layer_path)
+        layer = model.get_submodule(self.layer_path)
+        attention, ffn = getattr(layer, self.slot), getattr(layer, "intermediate", None)
         return {
             "site": self.index,
             "name": self.name,
             "path": self.path,
             "kind": self.kind,
             "norm": f"{type(attention.output.LayerNorm).__name__} (after)",
-            "ffn": type(layer.intermediate).__name__ if hasattr(layer, "intermediate") else "",
-            "params": sum(p.numel() for p in attention.parameters()),
+            "ffn": "" if ffn is None else type(getattr(ffn, "original", ffn)).__name__,
+            "params": sum(p.numel() for p in model.get_submodule(self.path).parameters()),
             "mergeable": False,
             "reason": self.unmergeable,
         }
+
+    def stand_ins(self, layer: nn.Module, adapter: PIA | Bottleneck) -> dict[str, StandIn]:
+        """What stands in the slots of `layer`, the module at `layer_path`, while the site is skipped."""
+        return {self.slot: SkippedPostNorm(getattr(layer, self.slot), adapter)}
+
+
+@dataclass(frozen=True)
+class PostNormLayer(PostNormSite):
+    """A whole layer of one stream: attention after attention, the first at `slot`, then BERT's feed-forward."""
+
+    others: tuple[str, ...] = ()
+    """Names of the attentions behind the first."""
+    kind: str = "layer"
+
+    unmergeable: ClassVar[str] = NO_LINEAR
+    what: ClassVar[str] = "layer"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return (self.slot, *self.others, *FEED_FORWARD)
+
+    @property
+    def path(self) -> str:
+        return self.layer_path
+
+    @property
+    def ffn_path(self) -> str:
+        """Module path of the linear with which the feed-forward ends: what it returns is then added to its input."""
+        return f"{self.layer_path}.{FEED_FORWARD[-1]}.dense"
+
+    def stand_ins(self, layer: nn.Module, adapter: PIA | Bottleneck) -> dict[str, StandIn]:
+        first = {self.slot: SkippedLayer(getattr(layer, self.slot), adapter)}
+        rest = {name: PassOn(getattr(layer, name), name in self.others) for name in self.slots[1:]}
+        return first | rest
 
 
 def post_norm_sites(model: nn.Module, named: list[tuple[str, str, str]]) -> list[PostNormSite]:
@@ -108,24 +156,48 @@ def post_norm_sites(model: nn.Module, named: list[tuple[str, str, str]]) -> list
     Raises UnsupportedModelError where one is not a BERT attention: query, key, value and, in `output`, dense and
     LayerNorm, all of one width.
     """
+    return [
+        PostNormSite(index, name, layer_path, slot, _width(model, layer_path, slot))
+        for index, (name, layer_path, slot) in enumerate(named)
+    ]
+
+
+def post_norm_layers(
+    model: nn.Module, named: list[tuple[str, str]], attentions: tuple[str, ...]
+) -> list[PostNormLayer]:
+    """The layers (name, layer_path) as sites, numbered in this order; `attentions`: their slots, in running order.
+
+    Raises UnsupportedModelError as `post_norm_sites`, and for a layer without BERT's feed-forward.
+    """
     sites = []
-    for index, (name, layer_path, slot) in enumerate(named):
-        attention = getattr(model.get_submodule(layer_path), slot)
-        inner, norm = getattr(attention, "self", None), getattr(getattr(attention, "output", None), "LayerNorm", None)
-        linears = [getattr(inner, part, None) for part in ("query", "key", "value")]
-        if norm is None or None in linears:
+    for index, (name, path) in enumerate(named):
+        layer, (width, *_) = model.get_submodule(path), [_width(model, path, slot) for slot in attentions]
+        dense = getattr(getattr(layer, FEED_FORWARD[-1], None), "dense", None)
+        if dense is None or not hasattr(layer, FEED_FORWARD[0]):
             raise UnsupportedModelError(
-                f"{layer_path}.{slot}: wanted a BERT attention (self.query, self.key, self.value, output.LayerNorm),"
-                f" got a {type(attention).__name__}"
+                f"{path}: wanted a BERT layer with its feed-forward (intermediate, output.dense), got a"
+                f" {type(layer).__name__}"
             )
-        widths = {norm.weight.numel(), *(linear.in_features for linear in linears)}
-        if len(widths) > 1:
-            raise UnsupportedModelError(
-                f"{layer_path}.{slot}: wanted one width for the stream and what it reads, got {sorted(widths)}; the"
-                " adapter takes the mean of the one to the other"
-            )
-        sites.append(PostNormSite(index, name, layer_path, slot, norm.weight.numel()))
+        sites.append(PostNormLayer(index, name, path, attentions[0], width, others=tuple(attentions[1:])))
     return sites
+
+
+def _width(model: nn.Module, layer_path: str, slot: str) -> int:
+    attention = getattr(model.get_submodule(layer_path), slot)
+    inner, norm = getattr(attention, "self", None), getattr(getattr(attention, "output", None), "LayerNorm", None)
+    linears = [getattr(inner, part, None) for part in ("query", "key", "value")]
+    if norm is None or None in linears:
+        raise UnsupportedModelError(
+            f"{layer_path}.{slot}: wanted a BERT attention (self.query, self.key, self.value, output.LayerNorm),"
+            f" got a {type(attention).__name__}"
+        )
+    widths = {norm.weight.numel(), *(linear.in_features for linear in linears)}
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"{layer_path}.{slot}: wanted one width for the stream and what it reads, got {sorted(widths)}; the"
+            " adapter takes the mean of the one to the other"
+        )
+    return norm.weight.numel()
 
 
 def attended(context: Tensor, mask: Tensor | None) -> Tensor:
@@ -145,7 +217,7 @@ def attended(context: Tensor, mask: Tensor | None) -> Tensor:
 class SkippedPostNorm(StandIn):
     """LayerNorm(x + PIA's delta), in the slot of the whole attention with its norm."""
 
-    def __init__(self, original: nn.Module, pia: PIA) -> None:
+    def __init__(self, original: nn.Module, pia: PIA | Bottleneck) -> None:
         super().__init__(original)
         self.adapter = (pia,)  # in a tuple: owned by the adapters' container, not by the base model
 
@@ -161,8 +233,30 @@ class SkippedPostNorm(StandIn):
         if context is None:
             context, mask = x, attention_mask
         (pia,) = self.adapter
-        delta = pia.delta(x, pia.route(pia.mean(context, attended(context, mask))))
-        return self.output.LayerNorm(x + delta.to(x.dtype)), None
+        read = pia.mean(context, attended(context, mask)) if pia.reads_prompt else x
+        return self.finish(x + pia.delta(x, pia.route(read)).to(x.dtype)), None
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the attention does with its sum."""
+        return self.output.LayerNorm(x)
+
+
+class SkippedLayer(SkippedPostNorm):
+    """x + the adapter's delta, in the slot of a layer's first attention; the layer's other parts pass it on."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x
+
+
+class PassOn(StandIn):
+    """Returns its first argument: a part of a layer that is skipped whole."""
+
+    def __init__(self, original: nn.Module, returns_tuple: bool) -> None:
+        super().__init__(original)
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
 class NoPostNorm(NoAttention):
@@ -178,7 +272,7 @@ def _(site: PostNormSite, original: nn.Module) -> StandIn:
 
 
 class PostNormSeat:
-    """One post-norm site, and what is in place there now; see `eas_kit.seats.Seat`."""
+    """One post-norm site, attention or layer, and what is in place there now; see `eas_kit.seats.Seat`."""
 
     reads_prompt = active = False  # it pools over what the attention reads, not over a prompt
     role = pia = None  # what a merge would ask for
@@ -190,8 +284,8 @@ class PostNormSeat:
         self.placed: list[str] = []
 
     def check_free(self) -> None:
-        """Raises ConfigError if a block of `skipping` holds the slot."""
-        if isinstance(getattr(self.layer, self.site.slot), NoAttention):
+        """Raises ConfigError if a block of `skipping` holds one of the slots."""
+        if any(isinstance(getattr(self.layer, slot), NoAttention) for slot in self.site.slots):
             raise ConfigError(
                 f"cannot set net.mask inside a block of skipping(...), which holds {self.site.path} ({self.site.name});"
                 " leave the block first"
@@ -201,12 +295,13 @@ class PostNormSeat:
         """Put in place what `mask` asks for."""
         self.clear()
         if self.site.index in mask:
-            attention, pia = getattr(self.layer, self.site.slot), adapters[str(self.site.index)]["skip"]
-            place(self.layer, self.site.slot, SkippedPostNorm(attention, pia))
-            self.placed.append(self.site.slot)
+            adapter = adapters[str(self.site.index)]["skip"]
+            for slot, stand_in in self.site.stand_ins(self.layer, adapter).items():
+                place(self.layer, slot, stand_in)
+                self.placed.append(slot)
 
     def clear(self) -> None:
-        """The attention as it came."""
+        """Attention or layer as it came."""
         while self.placed:
             restore(self.layer, self.placed.pop())
 

@@ -64,6 +64,11 @@ class Site:
         """Name of the sub-module inside its decoder layer."""
         return self.names.ffn if self.kind == "ffn" else self.names.attention
 
+    @property
+    def ffn_path(self) -> str:
+        """Module path of the layer's feed-forward, whatever the kind of site."""
+        return f"{self.layer_path}.{self.names.ffn}"
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain transformers model inside an EASModel; any other model as it is."""

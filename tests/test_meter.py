@@ -269,7 +269,7 @@ def test_positions_that_an_attention_may_read():
     [
         ({"adapt_rank": 4}, r"adapt_rank: wanted 0, got 4: text_layers.0.attention is a post-norm attention"),
         ({"source": "ffn_norm"}, r"source: wanted 'attention_norm', got 'ffn_norm'"),
-        ({"kinds": ("mha", "ffn")}, r"kinds: wanted \('mha',\), got \('mha', 'ffn'\): of Meter"),
+        ({"kinds": ("mha", "ffn")}, r"kinds: wanted \('mha',\) or \('layer',\), got \('mha', 'ffn'\): of Meter"),
     ],
 )
 def test_settings_that_post_norm_sites_do_not_have(settings, message):

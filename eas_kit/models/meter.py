@@ -38,7 +38,7 @@ from transformers.models.bert.modeling_bert import BertAttention, BertIntermedia
 from transformers.utils import ModelOutput
 
 from eas_kit.errors import ConfigError
-from eas_kit.post_norm import PostNormSite, post_norm_sites
+from eas_kit.post_norm import PostNormSite, post_norm_layers, post_norm_sites
 
 TASKS = ("vqa", "nlvr2", "retrieval")
 LABELS = {"vqa": 3129, "nlvr2": 2, "retrieval": 1}
@@ -147,6 +147,8 @@ class Meter(PreTrainedModel):
     _no_split_modules = ("CoAttentionLayer", "CLIPEncoderLayer", "RobertaLayer")
     eas_modules_to_save = ("head",)
     """What trains beside the adapters: the head is new with every data set."""
+    eas_layers = ("text.encoder.layer", "text_layers", "image_layers")
+    """The lists of layers in whose linears LoRA goes: RoBERTa's, and the fusion's of both streams."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)
@@ -174,16 +176,20 @@ class Meter(PreTrainedModel):
     # ---------------------------------------------------------------------------------------- what eas_kit asks for
 
     def eas_sites(self, kinds: tuple[str, ...] = ("mha",)) -> list[PostNormSite]:
-        """The 24 attentions of the fusion layers, lane after lane."""
+        """The 24 attentions of the fusion layers, lane after lane; of kind "layer" the 12 layers, text's first."""
+        numbers = range(len(self.text_layers))
+        if tuple(kinds) == ("layer",):
+            layers = [(f"{s} layer {n}", f"{s}_layers.{n}") for s in ("text", "image") for n in numbers]
+            return post_norm_layers(self, layers, tuple(SLOTS.values()))
         if tuple(kinds) != ("mha",):
             raise ConfigError(
-                f"kinds: wanted ('mha',), got {tuple(kinds)}: of {type(self).__name__} the attentions of the fusion"
-                " layers can be skipped, the feed-forwards cannot"
+                f"kinds: wanted ('mha',) or ('layer',), got {tuple(kinds)}: of {type(self).__name__} the attentions of"
+                " the fusion layers can be skipped, or those layers whole, their feed-forwards alone cannot"
             )
         named = [
             (f"{stream} {lane} {number}", f"{stream}_layers.{number}", SLOTS[lane])
             for stream, lane in LANES
-            for number in range(len(self.text_layers))
+            for number in numbers
         ]
         return post_norm_sites(self, named)
 
