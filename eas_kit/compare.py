@@ -33,6 +33,7 @@ from .model import EASModel, attach
 from .modes import eval_mode
 from .probe import score_without
 from .scorers import SCORERS
+from .sites import names_its_sites
 from .tasks.matching import MatchingTask
 from .timing import latency
 from .training import candidate_sites, fit, search
@@ -49,8 +50,9 @@ COLUMNS = (
     *("prefill_seconds", "decode_seconds", "merged_prefill_seconds", "merged_decode_seconds"),
 )
 """Of the table. `trainable_share` is of the base model's parameters. `macs`: multiply-accumulates of the decoder layers
-on one prompt of val as the tuned model stands, `merged_macs` with its adapters folded away. `prefill_seconds` and
-`decode_seconds` (a token) are medians on the same prompt, unmerged and merged, where the plan asks for times."""
+on one prompt of val as the tuned model stands (of a model without a decoder, METER: all of them), `merged_macs` with
+its adapters folded away. `prefill_seconds` and `decode_seconds` (a token) are medians on the same prompt, unmerged and
+merged, where the plan asks for times."""
 
 
 def run_arms(
@@ -203,7 +205,8 @@ class _Table:
         batch = self.task.collate([self.task.val[0]], answers=False)
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         calls = {"": net}
-        found = {"macs": flops(net, inputs)["total"]}
+        counted = flops(net, inputs)
+        found = {"macs": counted["total"] + (counted["other"] if names_its_sites(net) else 0)}
         if isinstance(net, EASModel):
             try:
                 check_foldable(net)

@@ -117,11 +117,19 @@ def checkpoint(seed: int = 0, visual: str = "vit_model.visual.") -> dict[str, Te
 # ------------------------------------------------------------------------------------------------ the plain forward
 class Plain:
     """`state`: a checkpoint. `skipped`: site -> function (x, mean of what it would read) -> delta; sites as eas_kit
-    numbers them. Every row by itself, without padding."""
+    numbers them. `layers`: the same for whole layers, text's first. `behind`: layer -> function of what its
+    feed-forward returns, before the sum. Every row by itself, without padding."""
 
-    def __init__(self, state: dict[str, Tensor], skipped: dict | None = None, visual: str = "vit_model.visual."):
+    def __init__(
+        self,
+        state: dict[str, Tensor],
+        skipped: dict | None = None,
+        visual: str = "vit_model.visual.",
+        layers: dict | None = None,
+        behind: dict | None = None,
+    ):
         self.state = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
-        self.skipped, self.visual = skipped or {}, visual
+        self.skipped, self.visual, self.layers, self.behind = skipped or {}, visual, layers or {}, behind or {}
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
@@ -147,10 +155,13 @@ class Plain:
         out = self.linear(f"{name}.output.dense", self.attend(q, k, v))
         return self.norm(f"{name}.output.LayerNorm", out + x, eps)
 
-    def bert_ffn(self, name: str, x: Tensor, eps: float) -> Tensor:
+    def bert_ffn(self, name: str, x: Tensor, eps: float, layer: int | None = None) -> Tensor:
         inner = self.linear(f"{name}.intermediate.dense", x)
         inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-        return self.norm(f"{name}.output.LayerNorm", self.linear(f"{name}.output.dense", inner) + x, eps)
+        out = self.linear(f"{name}.output.dense", inner)
+        if layer in self.behind:
+            out = self.behind[layer](out)
+        return self.norm(f"{name}.output.LayerNorm", out + x, eps)
 
     def text(self, ids: list[int]) -> Tensor:
         name, n = "text_transformer.embeddings", len(ids)
@@ -212,10 +223,13 @@ class Plain:
             new = []
             for lane, (stream, x, other) in enumerate((("text", text, image), ("image", image, text))):
                 name = f"cross_modal_{stream}_layers.{layer}"
-                first = 2 * LAYERS * lane + layer
+                first, number = 2 * LAYERS * lane + layer, LAYERS * lane + layer
+                if number in self.layers:
+                    new.append(x + self.layers[number](x, x.mean(0)))
+                    continue
                 x = self.bert_attention(f"{name}.attention", x, x, 1e-12, first)
                 x = self.bert_attention(f"{name}.crossattention", x, other, 1e-12, first + LAYERS)
-                new.append(self.bert_ffn(name, x, 1e-12))
+                new.append(self.bert_ffn(name, x, 1e-12, number))
             text, image = new
         ends = [("text", text), ("image", image)]
         return torch.cat([torch.tanh(self.linear(f"cross_modal_{s}_pooler.dense", x[0])) for s, x in ends])
@@ -247,5 +261,15 @@ def plain_delta(pia: dict[str, Tensor], groups: int, scale: float, temperature: 
             z = 0.5 * (pia["down_token.weight"] @ one + pia["down_token.bias"] + pooled)
             rows.append(scale * (w[0] * grouped("up_0", z) + w[1] * grouped("up_1", z)))
         return torch.stack(rows)
+
+    return delta
+
+
+def plain_bottleneck(adapter: dict[str, Tensor], scale: float = 1.0):
+    """What a bottleneck adds to each of the rows x, from its state dict."""
+
+    def delta(x: Tensor) -> Tensor:
+        inner = x @ adapter["down.weight"].T + adapter["down.bias"]
+        return scale * ((inner * torch.sigmoid(inner)) @ adapter["up.weight"].T + adapter["up.bias"])
 
     return delta
