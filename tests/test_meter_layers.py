@@ -1,4 +1,4 @@
-"""METER with whole layers skipped (DAS), fully tuned, with LoRA and with adapters, and all rows of the paper's Table 4."""
+"""METER with whole layers skipped (DAS), fully tuned, with LoRA and adapters, and the rows of the paper's Table 4."""
 
 from __future__ import annotations
 
