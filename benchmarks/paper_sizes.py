@@ -25,10 +25,14 @@ from torch import nn
 import eas_kit as eas
 from eas_kit import baselines
 from eas_kit.meta import meta_model
-from eas_kit.models import PAPER_SIZES
+from eas_kit.models import METER_SIZES, PAPER_SIZES
+from eas_kit.models.meter import paper_size
+from eas_kit.sites import unwrap
 
 LLAVA_TOKENS = 691  # what the paper's Table 1 works out at; 576 of them are the image's
 LAVIN_TOKENS = 262
+METER_TOKENS = 40
+METER_RANK = 144  # of PIA as published; here of DAS and Adapter, too
 LLAVA = eas.EASConfig(skip_rank=256, adapt_rank=128, groups=2)
 LAVIN = eas.EASConfig(skip_rank=32, adapt_rank=8, groups=2)
 G = 1e9
@@ -139,6 +143,72 @@ def models() -> list[dict]:
     return rows
 
 
+def meter() -> list[dict]:
+    """The rows of Table 4 at METER's real size, for VQA at 384 pixels unless the name of a task says otherwise.
+
+    `trained`: parameters without the head; `share`: of the model, in %, without the head, and with it for each task.
+    `macs`: G multiply-accumulates of one example (`published`: the paper's), of rows that skip with the k sites that
+    save least and most. The last row is one of NLVR2's two passes.
+    """
+    rank = {"skip_rank": METER_RANK, "adapt_rank": 0}
+    layers = rank | {"kinds": ("layer",), "adapter": "bottleneck"}
+    rows = []
+
+    def add(what: str, prepare: Callable[[nn.Module], nn.Module], k: int = 0, published: float | None = None) -> None:
+        trained, share = {}, {}
+        for name in METER_SIZES:
+            model = meta_model(name)
+            size, head, net = count(model), count(model.head), prepare(model)
+            if k:
+                net.mask = range(k)
+                used = eas.measure.parameters(net)["active"]["total"]
+            else:
+                used = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            trained[name] = used - head
+            share |= {} if share else {"no head": 100 * trained[name] / size}
+            share[name] = 100 * used / size
+        net = prepare(meta_model("meter-vqa"))
+        macs = [macs_without(net, chosen) for chosen in extremes(net, k)] if k else [meter_macs(net)]
+        rows.append({"what": what, "trained": trained["meter-vqa"], "share": share, "macs": macs})
+        rows[-1]["published"] = published
+
+    def attached(settings: dict) -> Callable[[nn.Module], nn.Module]:
+        return lambda model: eas.attach(model, eas.EASConfig(**settings))
+
+    add("full tuning", lambda model: baselines.full_tuning(model)[0], published=93.2)
+    add("LoRA, rank 8", lambda model: baselines.lora(model, rank=8)[0])
+    add(f"Adapter, rank {METER_RANK}", lambda model: baselines.bottlenecks(model, rank=METER_RANK)[0])
+    add(f"DAS4, rank {METER_RANK}", attached(layers), k=4)
+    add(f"EAS4, rank {METER_RANK}", attached(rank), k=4)
+    add(f"EAS8, rank {METER_RANK}", attached(rank), k=8)
+    one_pass = meter_macs(meta_model(paper_size("vqa", 288)))
+    return [*rows, {"what": "one of NLVR2's two passes", "macs": [one_pass], "published": 52.9}]
+
+
+def extremes(net: eas.EASModel, k: int) -> tuple[list[int], list[int]]:
+    """The k sites that save least, and most."""
+    lane = net.base.config.cross_modal_config.num_hidden_layers  # its sites cost the same
+    alone = {first: macs_without(net, [first]) for first in range(0, net.num_sites, lane)}
+    order = sorted(range(net.num_sites), key=lambda site: -alone[site - site % lane])
+    return order[:k], order[-k:]
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs_without(net: eas.EASModel, mask: list[int]) -> float:
+    net.mask = mask
+    return meter_macs(net)
+
+
+def meter_macs(net: nn.Module) -> float:
+    """G multiply-accumulates of the whole model, projections and head included."""
+    base = net.get_base_model() if hasattr(net, "get_base_model") else unwrap(net)
+    found = eas.measure.flops(net, base.eas_inputs(METER_TOKENS))
+    return (found["total"] + found["other"]) / G
+
+
 def memory(names: tuple[str, ...] = ("vicuna-7b", "llava-1.5-7b", "qwen2.5-vl-7b")) -> list[dict]:
     """Bytes, in bfloat16, of each model: dense, with 8 attentions skipped and adapters, and in training."""
     setting = {"dtype": "bfloat16", "prompt_tokens": LLAVA_TOKENS, "new_tokens": 64}
@@ -190,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper_sizes.json")
     args = parser.parse_args(argv)
     before, start, work = resident(), time.perf_counter(), time.process_time()
-    found = {"models": models(), "operations": operations(), "shares": shares(), "memory": memory()}
+    found = {"models": models(), "operations": operations(), "shares": shares(), "meter": meter(), "memory": memory()}
     record = {
         "tokens": {"LLaVA": LLAVA_TOKENS, "LaVIN": LAVIN_TOKENS},
         "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__},
@@ -201,6 +271,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     show("multiply-accumulates, G: measured, published, difference / published", record["operations"], "{:.4f}".format)
     show("trained share, %: measured, published, points", record["shares"], "{:.4f}".format)
+    print("\nMETER: trained, without the head; its share in %, and with the heads of the tasks; G multiply-accumulates")
+    for row in record["meter"]:
+        share = [f"{part:.3f}" for part in row.get("share", {}).values()]
+        macs = " to ".join(f"{value:.2f}" for value in row["macs"])
+        print("  " + "  ".join(f"{cell:>12}" for cell in (row.get("trained", ""), *share, macs)) + f"  {row['what']}")
     for row in record["memory"]:
         print(f"\n{row['model']}, bfloat16, GiB: batch 1, {LLAVA_TOKENS} prompt and 64 new tokens, 8 skipped")
         for name, size in row.items():

@@ -132,6 +132,7 @@ def test_the_script_writes_what_it_prints(script, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(script, "PAPER_SIZES", ("toy",))
     rows = script.memory(("toy",))
     monkeypatch.setattr(script, "memory", lambda: rows)
+    monkeypatch.setattr(script, "meter", lambda: [{"what": "pass", "macs": [1.0, 2.0], "published": None}])
     for part in ("operations", "shares"):
         monkeypatch.setattr(script, part, lambda: [{"what": "w", "measured": 1.5, "published": 1.0, "difference": 0.5}])
     assert script.main(["--out", str(tmp_path / "new" / "sizes.json")]) == 0
