@@ -340,11 +340,11 @@ def test_every_row_of_table_4_runs(task, tmp_path):
     assert macs["DAS"] < macs["full tuning"] < macs["Adapter"] and macs["EAS"] < macs["full tuning"]
     found = beside(table, frame).set_index(["row", "column"])["measured"]
     columns = {
-        "vqa": ["VQAv2", "MACs, VQAv2"],
+        "vqa": ["VQAv2", "trained, VQAv2", "MACs, VQAv2"],
         "nlvr2": ["NLVR2", "MACs, NLVR2"],
         "retrieval": ["Flickr30K IR R@1", "Flickr30K TR R@1"],
     }
-    for column in ["trained", *columns[task]]:
+    for column in columns[task]:
         assert found[:, column].notna().all(), column
     others = [column for name, some in columns.items() if name != task for column in some]
     assert found.unstack()[others].isna().all(axis=None)
