@@ -39,7 +39,8 @@ def beside(
     A column of the paper names in `measured` what it reads of a run: a column of the frame, "test_columns.NAT" for a
     key of a dict in one, or one of these. `final_macs`: multiply-accumulates as the row is used, merged where that is
     exact and the row is not of the unmerged adapters. `macs_more`: that, less the reference row's. `speed`: the
-    reference row's time for a decoded token over the row's. A column with a `task` is read of runs with that `task`.
+    reference row's time for a decoded token over the row's. A column with a `task` is read of runs with that `task`;
+    it may be a list of tasks.
 
     Returns:
         Columns table, row, column, unit, measured (mean over runs; NaN where nothing was measured), sd (NaN for one
@@ -76,8 +77,11 @@ def _runs_by_row(table: Mapping[str, Any], frame: pandas.DataFrame) -> dict[str,
 def _measured(table: Mapping, row: Mapping, column: Mapping, by_row: Mapping[str, list[dict]]) -> list[float]:
     """What a column reads of each run of a row; runs that do not hold it are left out."""
 
+    tasks = column.get("task")
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+
     def runs(of: Mapping[str, Any]) -> list[dict]:
-        return [run for run in by_row.get(of["row"], ()) if column.get("task") in (None, run.get("task"))]
+        return [run for run in by_row.get(of["row"], ()) if tasks is None or run.get("task") in tasks]
 
     def final(of: Mapping[str, Any], name: str) -> list[float]:
         return [_final(run, name, not of.get("unmerged")) for run in runs(of)]

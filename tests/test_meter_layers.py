@@ -19,20 +19,24 @@ from meter_reference import (
     plain_delta,
 )
 from test_meter import inputs, make, rows
+from test_meter_tasks import Votes
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertAttention
 
 import eas_kit as eas
-from eas_kit.arm_runs import expand, run_arm
+from eas_kit.arm_runs import expand, for_a_head, run_arm
 from eas_kit.arms import Arm
 from eas_kit.baselines import bottlenecks, full_tuning, language_linears, lora
 from eas_kit.compare import run_arms
-from eas_kit.errors import ConfigError, EASError, MergeError, UnsupportedModelError
+from eas_kit.errors import ConfigError, EASError, MergeError, RunError, UnsupportedModelError
 from eas_kit.meta import meta_model
 from eas_kit.paper import read_tables
 from eas_kit.post_norm import post_norm_layers
 from eas_kit.slots import skipping
 from eas_kit.tables import beside
+from eas_kit.tasks.base import ROLES
+from eas_kit.tasks.closed import ClosedTask
+from eas_kit.tasks.matching import MatchingTask
 
 RANK = 6
 MASK = [0, 3, LAYERS, 2 * LAYERS - 2]  # of both streams; layer 0 of both at once
@@ -353,6 +357,35 @@ def test_every_row_of_table_4_runs(task, tmp_path):
 def test_an_untuned_meter_is_asked_in_the_one_way_there_is(tmp_path):
     row = run_arm({"arm": {"method": "zero_shot"}, **settings_of("vqa")}, tmp_path, log=lambda _: None)
     assert row["trainable"] == 0 and math.isfinite(row["test_loss"])
+
+
+class Asked(Votes):
+    """Questions to be answered in words."""
+
+    def __init__(self, processor):
+        super().__init__(processor, choices=("yes", "2"))
+
+
+def test_a_task_that_asks_for_texts_is_put_to_a_head(tmp_path):
+    _, processor = eas.load_model("tiny-meter", task="vqa")
+    task = Asked(processor)
+    assert for_a_head(task, 2).answers == ("2", "yes") and not isinstance(task, ClosedTask)
+    settings = {"task": "test_meter_layers:Asked", "task_settings": {"closed": True}}
+    settings |= {"val_limit": None, "test_limit": None, "arm": {"method": "zero_shot"}}
+    with pytest.raises(RunError, match=r"closed: votes has 2 answers, and the model's head 14; .*\{answers: 2\}"):
+        run_arm(settings_of("vqa") | settings, tmp_path)
+    captioned = eas.load_task("boards-retrieval", processor, sizes=dict.fromkeys(ROLES, 20))
+    captioned.on_error = "raise"
+    assert for_a_head(captioned, 1).answers == ("match",) and isinstance(for_a_head(captioned, 1), MatchingTask)
+
+
+def test_a_column_reads_the_runs_of_the_stand_in_and_of_the_real_task():
+    import pandas
+
+    table, runs = read_tables()["4"], [{"row": "EAS", "task": "vqav2", "test_accuracy": 0.75, "trainable_share": 0.01}]
+    found = beside(table, pandas.DataFrame(runs)).set_index(["row", "column"])["measured"]
+    assert found["EAS", "VQAv2"] == 75 and found["EAS", "trained, VQAv2"] == 1
+    assert found.notna().sum() == 2
 
 
 def test_the_loss_of_a_task_that_ranks_is_that_of_its_batches(tmp_path):
