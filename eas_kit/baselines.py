@@ -30,9 +30,8 @@ VISION = ("vision", "visual", "image_encoder")  # in the paths of vision towers
 
 def full_tuning(model: nn.Module, projector: bool = True) -> tuple[nn.Module, float]:
     """The language model trains whole, embeddings and head included; with `projector` also what lies between the
-    vision tower and it. A model without a decoder (METER) is tuned whole, its vision tower too: its encoders have been
-    trained together before, and a LLaVA's tower never was. Returns the model (the same object) and the trainable share
-    of its parameters.
+    vision tower and it. A model without a decoder (METER) is tuned whole, its vision tower too, as METER's own
+    training did. Returns the model (the same object) and the trainable share of its parameters.
     """
     inside = {id(p) for part in _language_model(model) for p in part.parameters()}
     for name, parameter in model.named_parameters():
