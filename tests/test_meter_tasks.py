@@ -422,5 +422,5 @@ def test_redundancy_probe(processor):
     report = eas.probe_redundancy(model, task, kinds="mha", num_skipped=(2, 12), trials=2, progress=False, limit=12)
     assert len(report.frame) == 4 and report.metadata["num_sites"] == 24
     assert (report.frame.loss - report.dense["loss"]).abs().min() > 0
-    with pytest.raises(ConfigError, match=r"kinds: wanted \('mha',\), got \('ffn',\): of Meter"):
+    with pytest.raises(ConfigError, match=r"kinds: wanted \('mha',\) or \('layer',\), got \('ffn',\): of Meter"):
         eas.probe_redundancy(model, task, kinds=("mha", "ffn"), num_skipped=1, trials=1, progress=False, limit=12)
