@@ -86,9 +86,10 @@ def test_the_arms_of_the_tuning_are_all_there():
         assert all(len(row["mask"]) == row["k"] for row in rows)
         trained = {row["by"]: row["trained"] for row in rows if row["k"] in (0, 8)}
         assert trained["head"] < trained["lora"] == pytest.approx(trained["random"], rel=0.1)
-        # tuning pays, and with as many parameters as LoRA's, eight attentions fewer do not cost all of it
-        best = max(row["accuracy"] for row in rows if row["k"])
-        assert best > told[name]["accuracy"] or name == "boards-retrieval"
+        if name != "boards-retrieval":  # which the untuned model does as well as can be
+            untuned, arms = told[name], [row for row in rows if row["k"] in (4, 8)]
+            assert all(row["accuracy"] > untuned["accuracy"] + 0.02 for row in arms)
+            assert all(row["columns"]["new"] > untuned["columns"]["new"] + 0.1 for row in arms)
 
 
 def test_what_load_model_refuses(tmp_path, monkeypatch):

@@ -55,10 +55,12 @@ Kind by kind: {kinds}.
 ## Tuned with and without attentions
 
 {steps_tuned} steps of batch {batch}, learning rate {rate:g}, seed {seed}, split test (`python -m
-eas_kit.models.tiny_meter --tune`, a task each). The base is frozen, and the head trains in every row: "untuned" nothing,
-"head" the head alone, "lora" LoRA of rank {lora} on queries and values of all 24 attentions beside it, "random" and "bandit"
-adapters of rank {rank} at the skipped sites beside it, the sites drawn at random or found by a short search. One seed and
-few steps: what skipping costs, not a ranking of masks. Of retrieval the accuracy is the mean of the six recalls.
+eas_kit.models.tiny_meter --tune`, a task each). The base is frozen. *By*, and what trains (*trained* counts the parameters):
+"untuned" nothing; "head" the head alone; "lora" the head and LoRA of rank {lora} on queries and values of all 24 attentions,
+about as many parameters as the adapters of 8 sites; "random" and "bandit" the head and the adapters of rank {rank} at the
+skipped sites, drawn at random or found by a short search. So "lora" is the row to compare with, and "head" says what
+comes without adapters. One seed and few steps: what skipping costs here, not a ranking of masks. Of retrieval the
+accuracy is the mean of the six recalls.
 
 | task | skipped of 24 | by | trained | accuracy | known | new | sites |
 | --- | --- | --- | --- | --- | --- | --- | --- |
