@@ -13,7 +13,7 @@ from drawn import search_result
 from eas_kit import live, widgets
 from eas_kit.errors import ConfigError
 from eas_kit.masks import load_mask, read_mask, save_mask
-from eas_kit.widgets import SkipMaskState, SkipMaskWidget, show_skip_mask
+from eas_kit.widgets import SkipMaskState, SkipMaskWidget, parts, show_skip_mask
 from eas_kit.widgets.parts import short, site_colours
 
 PREFERENCES = [3.0, 1.0, 2.0, 0.0, 5.0, 4.0]  # sites 0..2 MHA, 3..5 FFN
@@ -489,15 +489,24 @@ def test_a_mask_of_other_sites_is_refused_and_changes_nothing(panel, tmp_path):
 def test_thirty_two_layers_fit_into_a_notebook():
     panel = SkipMaskWidget(np.linspace(-1, 1, 64), site_kinds=("mha", "ffn"))
     rows = rows_of(panel)
-    assert [len(row.children) for row in rows] == [33, 33]
+    assert [len(row.children) for row in rows] == [17, 17, 17, 17]  # a label, and half of the layers
+    assert [row.children[1].description for row in rows] == ["0", "32", "16", "48"]  # both kinds of a layer in a column
     for row in rows:
         total = 0
         for child in row.children:
             assert child.layout.width == child.layout.min_width  # fixed: no text can make it wider
             right, left = ([*child.layout.margin.split(), child.layout.margin.split()[1]][at] for at in (1, 3))
             total += sum(int(size.removesuffix("px")) for size in (child.layout.width, right, left))
-        assert total <= 1100  # what JupyterLab leaves of 1,280 pixels, the list of files closed
+        assert total <= 848  # what JupyterLab leaves of 1,280 pixels beside the list of files
     assert panel.sites.layout.overflow == "auto"  # a narrower page scrolls; rows stay above each other
+
+
+@pytest.mark.parametrize(
+    ("sites", "lines"),
+    [(12, [(0, 12)]), (20, [(0, 20)]), (23, [(0, 12), (12, 23)]), (47, [(0, 16), (16, 31), (31, 47)])],
+)
+def test_rows_are_broken_into_few_lines_of_about_one_length(sites, lines):
+    assert parts.lines_of(sites) == lines
 
 
 @pytest.mark.parametrize(
