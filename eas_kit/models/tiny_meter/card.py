@@ -28,7 +28,7 @@ every setting.
 1. Each tower by itself ({tower_steps} steps): the same linear heads name digit and place of each patch and of each
    digit in a caption, so that pictures and texts speak of both alike.
 2. Captions of four digits, some masked, some replaced (up to step {reading_steps}): at each digit, which one the board has
-   there, and whether the caption's is less, the same or more.
+   there, and whether the caption's is less, the same or more; beside it, and in 3, a few questions and whole captions.
 3. The same, and of digits in a row whether the board has them at all (up to step {seeing_steps}).
 4. The three tasks (up to step {steps}): questions on a board (kinds {question}), sentences on two boards
    (kinds {sentence}), whether a caption of one or two digits is true of a board. The tasks' other
