@@ -62,12 +62,13 @@ def answer_to(text: str, kind: str, board: list[list[int]]) -> str:
     words = text.removesuffix(" ?").split()
     cells = {f"{r} {c}": board[i][j] for i, r in enumerate(said.ROWS) for j, c in enumerate(said.COLUMNS)}
     at = [cells[" ".join(words[i + 1 : i + 3])] for i, word in enumerate(words) if word == "at"]
-    times = [digit for row in board for digit in row].count(next((int(w) for w in words if w.isdigit()), None))
-    if kind == "maximum":
-        return str(max(board[said.ROWS.index(words[-2])]))
-    if kind in ("exists", "count"):
-        return {"exists": ("no", "yes")[times > 0], "count": str(times)}[kind]
-    if kind == "compare":
+    digits = [int(word) for word in words if word.isdigit()]
+    if kind == "exists":
+        return "yes" if any(digits[0] in row for row in board) else "no"
+    if kind in ("check", "both"):
+        assert len(digits) == len(at) == {"check": 1, "both": 2}[kind]
+        return "yes" if at == digits else "no"
+    if kind == "larger":
         return "yes" if at[0] > at[1] else "no"
     return {"cell": str(at[0]), "parity": "odd" if at[0] % 2 else "even"}[kind]
 
@@ -86,19 +87,21 @@ def test_questions_are_true_by_plain_loops():
 def truth_of(text: str, kind: str, left: list[list[int]], right: list[list[int]]) -> bool:
     """Read off the words of a sentence."""
     words = text.split()
-    digit = next((int(word) for word in words if word.isdigit()), None)
-    there = [any(digit in row for row in board) for board in (left, right)]
-    if kind in ("both", "one"):
-        return sum(there) == {"both": 2, "one": 1}[kind]
     row, column = words[words.index("at") + 1 : words.index("at") + 3]
     a, b = (board[said.ROWS.index(row)][said.COLUMNS.index(column)] for board in (left, right))
-    return {"each": a == b == digit, "same": a == b, "larger": a > b}[kind]
+    digit = next((int(word) for word in words if word.isdigit()), None)
+    there = (a == digit) + (b == digit)
+    if kind == "same":
+        return a == b
+    if kind in ("first", "second"):
+        return {"first": a, "second": b}[kind] == digit
+    return there == {"no": 0, "one": 1, "each": 2}[kind]
 
 
 def test_sentences_are_true_of_the_boards_they_are_drawn_for():
     rng = np.random.default_rng(1)
     for number in range(300):
-        kind, wanted = said.SENTENCES[number % 5], number % 2 == 0
+        kind, wanted = said.SENTENCES[number % 6], number // 6 % 2 == 0
         sentence = said.sentence(kind, rng)
         left, right = said.boards_for(sentence, wanted, rng)
         assert truth_of(sentence.text, kind, left.tolist(), right.tolist()) == wanted, sentence.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -66,23 +65,31 @@ def test_scores_beside_the_weights_are_true():
         task = eas.load_task(name, processor)
         if head == "retrieval":
             found = task.evaluate(model, "test", limit=20)
-            assert found["columns"]["TR@10"] >= told[name]["columns"]["TR@10"] - 0.15
+            assert found["columns"]["TR@1"] >= told[name]["columns"]["TR@1"] - 0.07  # of fewer boards, which is easier
+            assert told[name]["columns"]["TR@1"] > 0.6 and told[name]["columns"]["IR@1"] > 0.6  # any order: 0.02
             continue
         found = task.evaluate(model, "test", limit=240)
-        assert found["accuracy"] == pytest.approx(told[name]["accuracy"], abs=0.09)
+        assert found["accuracy"] == pytest.approx(told[name]["accuracy"], abs=0.07)
+        columns = told[name]["columns"]
+        assert columns["known"] > columns["new"] + 0.1
+        assert columns["known"] > 0.85 and found["columns"]["known"] > 0.8
         if head == "vqa":
-            assert told[name]["columns"]["known"] > told[name]["columns"]["new"] + 0.1
-            assert told[name]["columns"]["cell"] > 0.5  # chance is 0.1
-            assert found["columns"]["cell"] > 0.4
+            assert columns["cell"] > 0.9 and found["columns"]["cell"] > 0.85  # chance is 0.1
 
 
 def test_the_arms_of_the_tuning_are_all_there():
     told = json.loads((TINY / "scores.json").read_text())
-    rows = [row for row in told["tuned"] if row["task"] == "boards-vqa"]
-    assert {(row["by"], row["k"]) for row in rows} == {("none", 0)} | {
-        (by, k) for by in ("random", "bandit") for k in (4, 8, 12)
-    }
-    assert all(len(row["mask"]) == row["k"] for row in rows)
+    for name in NAMES.values():
+        rows = [row for row in told["tuned"] if row["task"] == name]
+        arms = {("head", 0), ("lora", 0)} | {(by, k) for by in ("random", "bandit") for k in (4, 8, 12)}
+        assert {(row["by"], row["k"]) for row in rows} == arms
+        assert all(len(row["mask"]) == row["k"] for row in rows)
+        trained = {row["by"]: row["trained"] for row in rows if row["k"] in (0, 8)}
+        assert trained["head"] < trained["lora"] == pytest.approx(trained["random"], rel=0.1)
+        if name != "boards-retrieval":  # which the untuned model does as well as can be
+            untuned, arms = told[name], [row for row in rows if row["k"] in (4, 8)]
+            assert all(row["accuracy"] > untuned["accuracy"] + 0.02 for row in arms)
+            assert all(row["columns"]["new"] > untuned["columns"]["new"] + 0.1 for row in arms)
 
 
 def test_what_load_model_refuses(tmp_path, monkeypatch):
@@ -98,28 +105,38 @@ def test_what_load_model_refuses(tmp_path, monkeypatch):
 def test_batches_depend_on_seed_and_step_alone():
     processor = make_processor()
     one, two, other = Corpus(processor, 3), Corpus(processor, 3), Corpus(processor, 4)
-    counts = {"mlm": 2, "vqa": 3, "nlvr2": 5, "retrieval": 7, "replaced": 11}
+    counts = {"words": 2, "vqa": 3, "nlvr2": 5, "retrieval": 7}
     rows, again, changed = one.batch(7, counts), two.batch(7, counts), other.batch(7, counts)
     assert torch.equal(rows.pixel_values, again.pixel_values) and torch.equal(rows.input_ids, again.input_ids)
     assert not torch.equal(rows.pixel_values, changed.pixel_values)
     assert {name: (part.start, part.stop) for name, part in rows.parts.items()} == {
-        "mlm": (0, 2), "vqa": (2, 5), "nlvr2": (5, 15), "retrieval": (15, 22),
-        "replaced": (22, 33),
+        "words": (0, 2), "vqa": (2, 5), "nlvr2": (5, 15), "retrieval": (15, 22),
     }  # fmt: skip
-    assert rows.image_type.flatten().tolist() == [1] * 10 + [2] * 5 + [1] * 18
+    assert rows.image_type.flatten().tolist() == [1] * 10 + [2] * 5 + [1] * 7
     assert torch.equal(rows.input_ids[5:10], rows.input_ids[10:15])  # one sentence, two pictures
-    hidden = rows.labels["mlm"] != IGNORED
-    assert (rows.input_ids[:2][hidden] == processor.tokenizer.mask_token_id).all() and hidden.any()
-    digits = processor.tokenizer.convert_ids_to_tokens(rows.labels["mlm"][hidden].tolist())
-    assert set(digits) <= set(said.DIGITS)
-    told = rows.labels["replaced"]
-    assert ((told != IGNORED).sum(1) == 4).all() and set(told.unique().tolist()) == {IGNORED, 0, 1}
-    text, (board,), right = one._replaced(np.random.default_rng(0))
-    assert [board.flat[place] == int(digit) for place, digit in zip(said.places_in(text), re.findall(r"\d", text))] == [
-        bool(flag) for flag in right
-    ]
-    ids, mask, where = one.placed_words(0, 4)
-    assert ((where == IGNORED).sum(1) == ids.shape[1] - 4).all() and mask.all()
+
+
+def test_digits_of_captions_are_masked_and_replaced():
+    processor = make_processor()
+    corpus, words = Corpus(processor, 3), processor.tokenizer
+    rows = corpus.batch(0, {"words": 50})
+    board = corpus.batch(0, {"words": 50}).labels["words"]
+    assert ((board != IGNORED).sum(1) == 4).all()
+    counted = {"masked": 0, 0: 0, 1: 0, 2: 0}
+    for ids, true, order in zip(rows.input_ids.tolist(), board.tolist(), rows.order.tolist(), strict=True):
+        for token, digit, told in zip(words.convert_ids_to_tokens(ids), true, order, strict=True):
+            if digit == IGNORED or token == "<mask>":
+                assert told == IGNORED and (digit != IGNORED) == (token == "<mask>")
+                counted["masked"] += digit != IGNORED
+                continue
+            assert told == (0 if int(token) < digit else 1 if int(token) == digit else 2)
+            counted[told] += 1
+    assert min(counted.values()) > 15
+    ids, mask, places, digits = corpus.placed_words(0, 17)
+    said_there = places != IGNORED
+    assert (said_there.sum(1) == 4).all() and torch.equal(said_there, digits != IGNORED) and mask.all()
+    spelt = ["<mask>" if digit == 10 else str(digit) for digit in digits[said_there].tolist()]
+    assert words.convert_ids_to_tokens(ids[said_there].tolist()) == spelt and {"<mask>", "7"} <= set(spelt)
 
 
 def test_retrieval_pretraining_is_balanced_and_true():
@@ -130,8 +147,8 @@ def test_retrieval_pretraining_is_balanced_and_true():
 
 
 def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
-    small = {"seeing": (2, 1, 1, 0, 0), "mixture": (0, 1, 2, 2, 2)}
-    recipe = Recipe(tower_steps=1, seeing_steps=1, steps=4, warmup_steps=1, **small)
+    small = {"reading": (2, 0, 1, 0, 1), "seeing": (2, 1, 1, 0, 1), "mixture": (1, 1, 2, 2, 2)}
+    recipe = Recipe(tower_steps=1, reading_steps=1, seeing_steps=2, steps=4, warmup_steps=1, **small)
     whole = pretrain(tmp_path / "whole", recipe)
 
     class Cut(Exception):

@@ -1,28 +1,38 @@
 """What is said about 3 x 3 boards of digits: questions, sentences about two boards, captions, and what is true.
 
 Numbers and words alone, no pictures: `boards.py` makes tasks of them, and `tiny-meter` was pretrained on the kinds in
-PRETRAINED. The other kinds are new to it.
+PRETRAINED. The other kinds are new to it; each asks for something that it can see, in another way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
+SHAPE = (len(ROWS), len(COLUMNS))
+CELLS = len(ROWS) * len(COLUMNS)
 DIGITS = tuple("0123456789")
 ANSWERS = (*DIGITS, "yes", "no", "even", "odd")
 """The closed list of answers to questions on one board."""
 TRUTH = ("false", "true")
-QUESTIONS = ("cell", "exists", "count", "parity", "maximum", "compare")
-SENTENCES = ("each", "both", "one", "same", "larger")
+QUESTIONS = ("cell", "exists", "check", "larger", "both", "parity")
+SENTENCES = ("first", "second", "each", "same", "one", "no")
 CAPTIONS = ("one", "two", "three", "four")
-PRETRAINED = {"question": ("cell", "exists", "count"), "sentence": ("each", "both"), "caption": ("one", "two")}
+PRETRAINED = {
+    "question": ("cell", "exists", "check", "larger"),
+    "sentence": ("first", "second", "each", "same"),
+    "caption": ("one", "two"),
+}
 
-Board = np.ndarray  # (3, 3) of 0..9
+Board = np.ndarray  # SHAPE of 0..9
+
+
+def draw_digits(rng: np.random.Generator) -> Board:
+    """A board, each digit as likely in each cell."""
+    return rng.integers(10, size=SHAPE)
 
 
 def place(row: int, column: int) -> str:
@@ -30,19 +40,19 @@ def place(row: int, column: int) -> str:
 
 
 def _cell(rng: np.random.Generator) -> tuple[int, int]:
-    return int(rng.integers(3)), int(rng.integers(3))
+    return int(rng.integers(SHAPE[0])), int(rng.integers(SHAPE[1]))
 
 
 def _other_cell(rng: np.random.Generator, cell: tuple[int, int]) -> tuple[int, int]:
-    number = (3 * cell[0] + cell[1] + 1 + int(rng.integers(8))) % 9
-    return divmod(number, 3)
+    number = (cell[0] * SHAPE[1] + cell[1] + 1 + int(rng.integers(CELLS - 1))) % CELLS
+    return divmod(number, SHAPE[1])
 
 
-def _digit_there_or_not(board: Board, rng: np.random.Generator) -> int:
-    """As likely one that the board has as one that it has not (but for boards of all ten digits: there are none)."""
-    there = np.unique(board)
-    pool = there if rng.random() < 0.5 else np.setdiff1d(np.arange(10), there)
-    return int(rng.choice(pool))
+def digit_there_or_not(there: Board, rng: np.random.Generator) -> int:
+    """As likely one of those there as one that is not."""
+    if rng.random() < 0.5:
+        return int(rng.choice(np.unique(there)))
+    return int(rng.choice(np.setdiff1d(np.arange(10), there)))
 
 
 def question(kind: str, board: Board, rng: np.random.Generator) -> tuple[str, str, tuple[str, ...]]:
@@ -51,96 +61,94 @@ def question(kind: str, board: Board, rng: np.random.Generator) -> tuple[str, st
     if kind == "cell":
         return f"which digit is at {place(*cell)} ?", str(board[cell]), DIGITS
     if kind == "exists":
-        digit = _digit_there_or_not(board, rng)
-        return f"is there a {digit} ?", ("no", "yes")[int((board == digit).any())], ("yes", "no")
-    if kind == "count":
-        digit = _digit_there_or_not(board, rng)
-        return f"how many times does {digit} occur ?", str(int((board == digit).sum())), DIGITS
+        digit = digit_there_or_not(board, rng)
+        return f"is there a {digit} ?", _yes((board == digit).any()), ("yes", "no")
+    if kind == "check":
+        digit = digit_there_or_not(board[cell], rng)
+        return f"is there a {digit} at {place(*cell)} ?", _yes(board[cell] == digit), ("yes", "no")
     if kind == "parity":
-        return f"is the digit at {place(*cell)} even or odd ?", ("even", "odd")[board[cell] % 2], ("even", "odd")
-    if kind == "maximum":
-        return f"which is the largest digit in the {ROWS[cell[0]]} row ?", str(board[cell[0]].max()), DIGITS
-    if kind == "compare":
+        return f"which digit is at {place(*cell)} , even or odd ?", ("even", "odd")[board[cell] % 2], ("even", "odd")
+    if kind == "both":
+        cells = (cell, _other_cell(rng, cell))
+        digits = [board[one] if rng.random() < 0.7 else rng.integers(10) for one in cells]
+        text = " and ".join(f"a {digit} at {place(*one)}" for digit, one in zip(digits, cells, strict=True))
+        answer = all(board[one] == digit for digit, one in zip(digits, cells, strict=True))
+        return f"is there {text} ?", _yes(answer), ("yes", "no")
+    if kind == "larger":
         other = _other_cell(rng, cell)
         text = f"is the digit at {place(*cell)} larger than the one at {place(*other)} ?"
-        return text, ("no", "yes")[int(board[cell] > board[other])], ("yes", "no")
+        return text, _yes(board[cell] > board[other]), ("yes", "no")
     raise ValueError(f"kind: wanted one of {QUESTIONS}, got {kind!r}")
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+# which of two boards have the digit at the place (first, second), where a sentence of the kind is true
+_HOLDS = {
+    "first": {(True, False), (True, True)},
+    "second": {(False, True), (True, True)},
+    "each": {(True, True)},
+    "one": {(True, False), (False, True)},
+    "no": {(False, False)},
+}
+_SUBJECTS = {"first": "the first board", "second": "the second board", "each": "each board"}
+_SUBJECTS |= {"one": "just one board", "no": "no board"}
+_EITHER = tuple((first, second) for first in (False, True) for second in (False, True))
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence about two boards."""
+    """A sentence of a kind about what two boards have in a cell: a digit, or, of kind "same", the same one."""
 
-    text: str
-    holds: Callable[[Board, Board], bool]
-    plant: Callable[[Board, Board], None]
-    """Changes two boards so that it holds."""
+    kind: str
+    cell: tuple[int, int]
+    digit: int
+
+    @property
+    def text(self) -> str:
+        if self.kind == "same":
+            return f"the boards have the same digit at {place(*self.cell)}"
+        return f"{_SUBJECTS[self.kind]} has a {self.digit} at {place(*self.cell)}"
 
 
 def sentence(kind: str, rng: np.random.Generator) -> Sentence:
     """One of the kind (of SENTENCES)."""
-    cell, digit = _cell(rng), int(rng.integers(10))
-
-    def put(*boards: Board) -> None:
-        for board in boards:
-            board[cell] = digit
-
-    if kind == "each":
-        return Sentence(f"each board has a {digit} at {place(*cell)}", lambda a, b: a[cell] == b[cell] == digit, put)
-    if kind == "both":
-        return Sentence(
-            f"both boards have a {digit}", lambda a, b: bool((a == digit).any() and (b == digit).any()), put
-        )
-    if kind == "one":
-        return Sentence(
-            f"just one board has a {digit}",
-            lambda a, b: bool((a == digit).any() != (b == digit).any()),
-            lambda a, b: (put(a), b.__setitem__(b == digit, (digit + 1) % 10))[0],
-        )
-    if kind == "same":
-        return Sentence(
-            f"the boards have the same digit at {place(*cell)}",
-            lambda a, b: bool(a[cell] == b[cell]),
-            lambda a, b: b.__setitem__(cell, a[cell]),
-        )
-    if kind == "larger":
-
-        def swap(a: Board, b: Board) -> None:
-            a[cell], b[cell] = max(a[cell], b[cell], 1), min(a[cell], b[cell], 8)
-            if a[cell] == b[cell]:
-                b[cell] -= 1
-
-        return Sentence(
-            f"the digit at {place(*cell)} is larger on the left board", lambda a, b: bool(a[cell] > b[cell]), swap
-        )
-    raise ValueError(f"kind: wanted one of {SENTENCES}, got {kind!r}")
+    if kind not in SENTENCES:
+        raise ValueError(f"kind: wanted one of {SENTENCES}, got {kind!r}")
+    return Sentence(kind, _cell(rng), int(rng.integers(10)))
 
 
 def boards_for(said: Sentence, wanted: bool, rng: np.random.Generator) -> tuple[Board, Board]:
-    """Two boards of which the sentence is true, or false: then half of the time nearly true, one board changed."""
-    while True:
-        both = [rng.integers(10, size=(3, 3)) for _ in range(2)]
-        if wanted or rng.random() < 0.5:
-            said.plant(*both)
-        if not wanted and rng.random() < 0.5:
-            both[int(rng.integers(2))] = rng.integers(10, size=(3, 3))
-        if said.holds(*both) == wanted:
-            return both[0], both[1]
+    """Two boards of which the sentence is true, or false; each way of being so is as likely."""
+    both = draw_digits(rng), draw_digits(rng)
+    if said.kind == "same":
+        both[1][said.cell] = both[0][said.cell] if wanted else _another(both[0][said.cell], rng)
+        return both
+    ways = [way for way in _EITHER if (way in _HOLDS[said.kind]) == wanted]
+    for board, has_it in zip(both, ways[int(rng.integers(len(ways)))], strict=True):
+        board[said.cell] = said.digit if has_it else _another(said.digit, rng)
+    return both
+
+
+def _another(digit: int, rng: np.random.Generator) -> int:
+    return (int(digit) + 1 + int(rng.integers(9))) % 10
 
 
 def caption(kind: str, board: Board, rng: np.random.Generator) -> str:
     """What stands at one to four places of the board, in any order."""
     if kind not in CAPTIONS:
         raise ValueError(f"kind: wanted one of {CAPTIONS}, got {kind!r}")
-    cells = [divmod(int(n), 3) for n in rng.permutation(9)[: 1 + CAPTIONS.index(kind)]]
-    return "a board with " + " and ".join(f"{board[cell]} at {place(*cell)}" for cell in cells)
+    cells = [divmod(int(n), SHAPE[1]) for n in rng.permutation(CELLS)[: 1 + CAPTIONS.index(kind)]]
+    return " and ".join(f"{board[cell]} at {place(*cell)}" for cell in cells)
 
 
 def vocabulary() -> tuple[str, ...]:
     """Every word that the texts are made of, sorted."""
     rng = np.random.default_rng(0)
     words: set[str] = {*DIGITS, *ROWS, *COLUMNS, *ANSWERS, *TRUTH}
-    board = rng.integers(10, size=(3, 3))
+    board = draw_digits(rng)
     for kind in QUESTIONS:
         words.update(question(kind, board, rng)[0].split())
     for kind in SENTENCES:
@@ -151,7 +159,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def _parts(text: str) -> list[tuple[int, tuple[int, int]]]:
     """(digit, cell) of each part of a caption."""
-    parts = (part.split() for part in text.removeprefix("a board with ").split(" and "))
+    parts = (part.split() for part in text.split(" and "))
     return [(int(digit), (ROWS.index(row), COLUMNS.index(column))) for digit, _, row, column in parts]
 
 
@@ -166,5 +174,5 @@ def describes(text: str, board: Board) -> bool:
 
 
 def places_in(text: str) -> list[int]:
-    """The places that a caption names, 0 to 8, row by row."""
-    return [3 * row + column for _, (row, column) in _parts(text)]
+    """The places that a caption names, numbered row by row."""
+    return [SHAPE[1] * row + column for _, (row, column) in _parts(text)]

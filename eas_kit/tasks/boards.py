@@ -43,7 +43,7 @@ class BoardsVQA(ClosedTask):
     def _make(self, role: str, i: int) -> Example:
         rng = np.random.default_rng((self.seed, 3, ROLES.index(role), i))
         kind = said.QUESTIONS[i % len(said.QUESTIONS)]
-        board = rng.integers(10, size=(3, 3))
+        board = said.draw_digits(rng)
         question, answer, choices = said.question(kind, board, rng)
         picture = draw_board(board, role, rng)
         columns = (kind, _known("question", kind))
@@ -102,7 +102,7 @@ class BoardsRetrieval(MatchingTask):
 
     def _board(self, role: str, i: int) -> tuple[np.ndarray, tuple[str, ...]]:
         rng = np.random.default_rng((self.seed, 6, ROLES.index(role), i))
-        board = rng.integers(10, size=(3, 3))
+        board = said.draw_digits(rng)
         return board, tuple(said.caption(kind, board, rng) for kind in ("two", "three"))
 
     def _make(self, role: str, i: int) -> Example:

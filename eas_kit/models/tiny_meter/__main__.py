@@ -14,6 +14,8 @@ from eas_kit.models.tiny_meter.card import write_card
 from eas_kit.models.tiny_meter.pretrain import Recipe, pretrain
 from eas_kit.models.tiny_meter.scores import TASKS, score, tune, write_scores
 
+STAGES = ("reading", "seeing", "mixture")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eas_kit.models.tiny_meter", description=__doc__)
@@ -28,14 +30,14 @@ def main() -> None:
     for field in fields(Recipe):
         if isinstance(field.default, int | float):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    for name in ("seeing", "mixture"):
+    for name in STAGES:
         default = getattr(Recipe(), name)
         parser.add_argument(f"--{name}", type=int, nargs=len(default), default=default, help="examples a step")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.out:
         settings = {f.name: getattr(given, f.name) for f in fields(Recipe) if hasattr(given, f.name)}
-        recipe = Recipe(**settings | {name: tuple(settings[name]) for name in ("seeing", "mixture")})
+        recipe = Recipe(**settings | {name: tuple(settings[name]) for name in STAGES})
         print(f"wrote {pretrain(given.out, recipe, given.resume)}; move it to {TINY}, then --score", flush=True)
         return
     scores = TINY / "scores.json"

@@ -10,12 +10,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from eas_kit.models.meter import Meter, MeterConfig
 from eas_kit.tasks.board_texts import ANSWERS, TRUTH, vocabulary
 
-IMAGE_SIZE = 24  # pixels: 3 x 3 patches of 8
-PATCH_SIZE = 8
+PATCH_SIZE = 8  # pixels: a cell of a board
+IMAGE_SIZE = PATCH_SIZE * 3
 WIDTH = 64
 INITIAL = 0.08  # BERT's 0.02 is for width 768; in proportion to width^-1/2, or the attentions start all but silent
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # as RoBERTa numbers them
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 LABELS = {"vqa": ANSWERS, "nlvr2": TRUTH, "retrieval": ("match",)}
 
 

@@ -20,9 +20,10 @@ from eas_kit.models.meter import Meter, make_head
 from eas_kit.models.tiny.pretrain import parameter_groups
 from eas_kit.models.tiny_meter.architecture import LABELS, WIDTH, make_model, make_processor
 from eas_kit.models.tiny_meter.corpus import IGNORED, Corpus, Rows, labelled_patches
+from eas_kit.tasks.board_texts import CELLS
 
 TOWER_ROWS = 32
-WORDS = ("mlm", "replaced")  # objectives of the words of a caption, the others are of the whole
+DIGITWISE = ("words", "present")  # objectives of each digit of a text; the others are of the whole
 HEADS_FILE = "heads.safetensors"
 
 
@@ -31,10 +32,12 @@ class Recipe:
     """What decides the weights, together with the versions of torch and transformers and the kind of processor."""
 
     tower_steps: int = 150  # of each tower by itself, on 32 boards and 32 captions
-    seeing_steps: int = 350  # on captions with masked digits, and a few questions
-    steps: int = 1000  # in all
-    seeing: tuple[int, ...] = (32, 0, 16, 0, 0)  # examples a step: mlm, replaced, vqa, nlvr2, retrieval
-    mixture: tuple[int, ...] = (0, 0, 24, 12, 16)
+    reading_steps: int = 350  # the end of what is where in captions
+    seeing_steps: int = 750  # the end of what is there at all, beside
+    steps: int = 2800  # in all
+    reading: tuple[int, ...] = (32, 0, 8, 0, 8)  # examples a step: words, present, vqa, nlvr2, retrieval
+    seeing: tuple[int, ...] = (16, 12, 24, 0, 12)
+    mixture: tuple[int, ...] = (6, 6, 32, 12, 12)
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     final_share: float = 0.03  # of the learning rate, at the end of the cosine
@@ -45,7 +48,10 @@ class Recipe:
 
     def counts(self, step: int) -> dict[str, int]:
         """Examples of each objective in a step."""
-        return dict(zip((*WORDS, *LABELS), self.seeing if step < self.seeing_steps else self.mixture, strict=True))
+        counts = (
+            self.reading if step < self.reading_steps else self.seeing if step < self.seeing_steps else self.mixture
+        )
+        return dict(zip((*DIGITWISE, *LABELS), counts, strict=True))
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate: linear warm-up, then a cosine down to `final_share`."""
@@ -63,12 +69,23 @@ class Pretraining(nn.Module):
         self.model = make_model("nlvr2", seed)  # the task with the most token types
         width = WIDTH
         heads = {task: make_head(task, width, len(LABELS[task])) for task in LABELS if task != "nlvr2"}
-        heads["mlm"] = nn.Linear(width, self.model.config.text_config.vocab_size)
+        heads |= {
+            "words": nn.Linear(width, 10),
+            "order": nn.Linear(width, 3),
+            "same": nn.Linear(width, 2),
+            "present": nn.Linear(width, 2),
+        }
         self.heads = nn.ModuleDict(heads)
         self.heads.apply(self.model._init_weights)
-        with torch.random.fork_rng(devices=[]):  # a recipe without it draws the same numbers as before there was one
-            self.heads["replaced"] = nn.Linear(width, 2)
         self.heads["nlvr2"] = self.model.head
+
+    @staticmethod
+    def _told(name: str, labels: Tensor, order: Tensor | None) -> dict[str, Tensor]:
+        """What the heads of the digits are to say. Less or more is asked beside the same or not: a difference can be
+        learned little by little, where to be equal is all or nothing."""
+        if name == "present":
+            return {name: labels}
+        return {name: labels, "order": order, "same": torch.where(order == IGNORED, order, (order == 1).long())}
 
     def forward(self, rows: Rows) -> tuple[Tensor, dict[str, float]]:
         """The sum of the objectives' mean losses, and the share of right answers of each."""
@@ -80,11 +97,12 @@ class Pretraining(nn.Module):
         total, right = text.new_zeros(()), {}
         for name, part in rows.parts.items():
             labels = rows.labels[name]
-            if name in WORDS:
-                logits, labels = self.heads[name](text[part]).flatten(0, 1), labels.flatten()
-                loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
-                seen = labels != IGNORED
-                right[name] = (logits.argmax(-1) == labels)[seen].float().mean().item()
+            if name in DIGITWISE:
+                loss = text.new_zeros(())
+                for what, told in self._told(name, labels, rows.order).items():
+                    logits, told = self.heads[what](text[part]).flatten(0, 1), told.flatten()
+                    loss = loss + F.cross_entropy(logits, told, ignore_index=IGNORED)
+                    right[what] = (logits.argmax(-1) == told)[told != IGNORED].float().mean().item()
             else:
                 features = pooled[part]
                 if name == "nlvr2":
@@ -103,24 +121,26 @@ class Pretraining(nn.Module):
 def pretrain_towers(model: Meter, corpus: Corpus, recipe: Recipe) -> tuple[float, float]:
     """Each tower by itself, as RoBERTa and CLIP are pretrained before METER: what is where.
 
-    Linear heads, thrown away after, name the digit of each patch, and the place of each patch and of each digit in a
-    caption: the same head for both, so that pictures and texts speak of places alike when they meet. Without it the
-    model knew after 600 steps which digits a board has, and not where. Returns the shares of the last batch's
-    patches and words that were right.
+    Linear heads, thrown away after, name digit and place of each patch, and of each digit in a caption: the same heads
+    for both, so that pictures and texts speak of places and of digits alike when they meet. Without the place the model
+    knew after 600 steps which digits a board has, and not where; without the digit of the captions, on 2 x 2 boards, it
+    read every cell after 300 steps, and after 550 could not tell yet whether a caption's digit is the same. Returns the
+    shares of the last batch's patches and of its words' places that were right.
     """
-    digits, places = nn.Linear(WIDTH, 11), nn.Linear(WIDTH, 9)
-    grid = torch.arange(9).repeat(TOWER_ROWS)
+    digits, places = nn.Linear(WIDTH, 11), nn.Linear(WIDTH, CELLS)
+    grid = torch.arange(CELLS).repeat(TOWER_ROWS)
     owners = (model.vision, model.image_transform, model.text, model.text_transform, digits, places)
     optimizer = torch.optim.AdamW([p for owner in owners for p in owner.parameters()], lr=2e-3)
     right = (0.0, 0.0)
     for step in range(recipe.tower_steps):
         images, labels = labelled_patches(step, TOWER_ROWS, recipe.seed)
-        ids, mask, where = corpus.placed_words(step, TOWER_ROWS)
-        patches = model.encode_image(images)[:, 1:].flatten(0, 1)  # (rows * 9, d)
+        ids, mask, where, which = corpus.placed_words(step, TOWER_ROWS)
+        patches = model.encode_image(images)[:, 1:].flatten(0, 1)  # (rows * cells, d)
         words = model.encode_text(ids, mask).flatten(0, 1)
         named, placed = digits(patches), places(words)
         loss = F.cross_entropy(named, labels.flatten()) + F.cross_entropy(places(patches), grid)
-        (loss + F.cross_entropy(placed, where.flatten(), ignore_index=IGNORED)).backward()
+        loss = loss + F.cross_entropy(placed, where.flatten(), ignore_index=IGNORED)
+        (loss + F.cross_entropy(digits(words), which.flatten(), ignore_index=IGNORED)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         said = where.flatten() != IGNORED
