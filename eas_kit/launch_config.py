@@ -106,10 +106,10 @@ def _is_required(one: Any) -> bool:
 def _read(path: str | Path) -> dict[str, Any]:
     import yaml
 
-    from .notebooks import _Loader
+    from .notebooks import YamlLoader
 
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"the settings {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
