@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "format": 1,
         "settings": {
-            ", ".join(names): part.iloc[0][settings].to_dict() for names, part in runs.groupby(["model", "task"])
+            # of a run that was tuned: one that was not took no steps
+            ", ".join(names): part.loc[part["steps"].idxmax(), settings].to_dict()
+            for names, part in runs.reset_index(drop=True).groupby(["model", "task"])
         },
         "machine": machine(),
         "versions": versions(),

@@ -446,13 +446,15 @@ def tables() -> str:
     found, paper, rows = results("tables"), read_tables(), []
     runs = pd.DataFrame(found["runs"])
     times = pd.DataFrame(found["times"]) if found["times"] else None
-    for number in sorted(set(runs["table"])):
+    for (number, task), own in runs.groupby(["table", "task"]):
         speed = [c for c in paper[number]["columns"] if c["measured"] == "speed"]
-        cells = beside(paper[number] | {"columns": [*OF_EVERY_ROW, *speed]}, runs, times).set_index(["row", "column"])
+        cells = beside(paper[number] | {"columns": [*OF_EVERY_ROW, *speed]}, own, times).set_index(["row", "column"])
+        several = runs[runs["table"] == number]["task"].nunique() > 1
         for row in paper[number]["rows"]:
             mine = cells.loc[row["row"]]
             if not mine.loc["accuracy", "runs"]:
                 continue
+            (loss,) = own[own["row"] == row["row"]].groupby("row")["test_loss"].mean()
             accuracy, sd = mine.loc["accuracy", ["measured", "sd"]]
             fast = mine.loc[speed[0]["column"], "measured"] if speed else float("nan")
             published = [
@@ -463,9 +465,10 @@ def tables() -> str:
             rows.append(
                 [
                     number,
-                    row["row"],
+                    row["row"] + (f", {task}" if several else ""),
                     str(mine.loc["accuracy", "runs"]),
                     f"{accuracy:.1f}%" + ("" if pd.isna(sd) else f" ± {sd:.1f}%"),
+                    f"{loss:.3f}",
                     f"{mine.loc['trained', 'measured']:.2f}%",
                     f"{mine.loc['MACs', 'measured']:.0f}",
                     "" if pd.isna(fast) else f"{fast:.2f}",
@@ -484,6 +487,7 @@ def tables() -> str:
         "row",
         "runs",
         "test accuracy",
+        "test loss",
         "trained",
         "MACs, M",
         "decode, times faster",
