@@ -36,6 +36,7 @@ _HOME = {
     "search": "training",
     "skipping": "slots",
     "static_merge": "static",
+    "tables": None,
     "update_preferences": "bandit",
 }
 
