@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError
-from .pia import PARTS
 
 KINDS = ("mha", "ffn", "layer")
 SOURCES = ("attention_norm", "ffn_norm")
 ADAPTERS = ("pia", "bottleneck")
+PARTS = ("base", "exchange", "frozen")  # as in pia.py, which brings torch
 POOLS = ("prompt", "sequence")
 
 

@@ -14,6 +14,10 @@ from eas_kit.errors import ConfigError, EASError
 from eas_kit.masks import check_mask, load_mask, read_mask, save_mask
 
 
+def test_the_parts_of_pia_are_those_that_it_knows():
+    assert eas_kit.config.PARTS == eas_kit.pia.PARTS
+
+
 def test_defaults_are_the_contract():
     assert EASConfig().to_dict() == {
         "skip_rank": 32,
