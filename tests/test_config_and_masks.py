@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from eas_kit.config import EASConfig, SearchConfig
+from eas_kit import pia
+from eas_kit.config import PARTS, EASConfig, SearchConfig
 from eas_kit.errors import ConfigError, EASError
 from eas_kit.masks import check_mask, load_mask, read_mask, save_mask
 
 
 def test_the_parts_of_pia_are_those_that_it_knows():
-    assert eas_kit.config.PARTS == eas_kit.pia.PARTS
+    assert PARTS == pia.PARTS
 
 
 def test_defaults_are_the_contract():
