@@ -3,6 +3,7 @@
 #   make demo NAME=mine                       another run folder, runs/mine
 #   make demo RUN_ARGS="-p seed 1"            anything `eas-kit run` takes
 #   make test PYTEST_ARGS="-k merging -x"     anything pytest takes
+#   make test PYTEST_ARGS="-n 2 --dist loadfile"     in two processes, as .ci/run does
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #                                             torch's CPU build, where pip would fetch several GB of CUDA
 
