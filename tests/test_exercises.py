@@ -69,7 +69,7 @@ def says(found: Verdict, right: bool | None, *words: str) -> None:
 
 def test_every_check_takes_no_answer_for_an_answer_and_computes_nothing():
     checks = [getattr(exercises, name) for name in exercises.__all__ if name != "Verdict"]
-    assert len(checks) == 15
+    assert len(checks) == 17
     for check in checks:
         for missing in MISSING:
             found = check(missing, *[object()] * 5)  # of no use to any check
@@ -352,3 +352,33 @@ def test_saved_mask(tmp_path):
     eas.save_mask(file, [1, 4], num_sites=12, kind="mha")
     says(check(file, PricedPlay(), k=2), False, "12")
     says(check(4, PricedPlay(), k=2), False, "wanted the path of a file, such as 'mask.json'; got 4")
+
+
+# -- 07 ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_fold():
+    arms = {"plain": {"parts": "base"}, "shared": {"parts": "exchange"}, "fixed": {}, "folded": {"parts": "frozen"}}
+    rows = [{"row": name, "arm": {"method": "pia", "settings": settings}} for name, settings in arms.items()]
+    table = {"rows": [*rows, {"row": "other", "arm": {"method": "lora"}}]}
+    check = exercises.rows_that_fold
+    says(check(["folded", "fixed"], table), True, "2 of 5 rows")
+    says(check(["folded"], table), False, "those can be folded; 1 more can")
+    says(check(["folded", "fixed", "shared"], table), False, "the adapter of 'shared' (exchange) changes with every")
+    says(check(["fixed", "other"], table), False, "the adapter of 'other' (lora)")
+    says(check(["base"], table), False, "there is no row 'base'; they are 'plain', 'shared', 'fixed'")
+    says(check("fixed", table), False, "wanted a list of names, such as", "got 'fixed', a str")
+
+
+def test_pairs_apart():
+    losses = {"a": [0.1, 0.2], "b": [0.2, 0.3], "c": [0.21, 0.5], "d": [0.6, 0.7]}  # a < c, d; b, c < d; a = b at 0.2
+    lines = [("7", row, seed, loss) for row, found in losses.items() for seed, loss in enumerate(found)]
+    runs = pd.DataFrame([*lines, ("5", "e", 0, 9.0)], columns=["table", "row", "seed", "test_loss"])
+    check = exercises.pairs_apart
+    says(check(4, runs, "7"), True, "4 of 6 pairs")
+    says(check(2, runs, "7"), False, "that many of the 6 pairs do overlap")
+    says(check(8, runs, "7"), False, "each pair counts once")
+    says(check(3, runs, "7"), False, "there are 6 pairs; 3 is too small")
+    for missing in ("5", "1"):
+        says(check(3, runs, missing), None, f"this needs runs of table {missing} with two seeds")
+    says(check(3, pd.DataFrame(), "7"), None, "there are none")

@@ -10,6 +10,7 @@ is "not answered yet": nothing is computed, and nothing fails, so that a noteboo
 gets a hint that is about this answer; what is right is always computed from what is passed, here and now.
 """
 
+from .comparing import pairs_apart, rows_that_fold
 from .finding import (
     better_mask,
     most_needed_attention,
@@ -39,7 +40,9 @@ __all__ = [
     "most_needed_attention",
     "most_needed_feed_forward",
     "most_skipped_site",
+    "pairs_apart",
     "record_left_out",
+    "rows_that_fold",
     "saved_mask",
     "share_at_ranks",
     "shared_by_the_worst",

@@ -89,6 +89,13 @@ def sites(answer: Any) -> set[int]:
     return set(found)
 
 
+def names(answer: Any) -> set[str]:
+    """Several texts; an empty list is an answer."""
+    if isinstance(answer, (str, bytes)) or not isinstance(answer, Iterable):
+        raise ValueError(f'wanted a list of names, such as ["base"]; {_came(answer)}')
+    return {text(one) for one in answer}
+
+
 def text(answer: Any) -> str:
     if not isinstance(answer, str):
         raise ValueError(f"wanted a text in quotes; {_came(answer)}")
