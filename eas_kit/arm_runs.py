@@ -22,8 +22,8 @@ from .config import EASConfig, SearchConfig, TrainConfig
 from .errors import EASError, RunError
 from .paper import make_arm, read_tables, row_of, scaled_arm
 from .sites import find_sites
-from .tasks.closed import ClosedTask, closed
-from .tasks.matching import matching
+from .tasks.closed import ClosedTask
+from .tasks.heads import for_a_head
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,6 @@ def _loaded(parts: str) -> tuple[Any, Any]:
     asked = settings.pop("closed", False)
     found = eas.load_task(task, processor, **settings)
     return base, for_a_head(found, base.config.num_labels) if asked else found
-
-
-def for_a_head(task: Any, labels: int) -> ClosedTask:
-    """The task for a model with a head of so many labels. Raises RunError where it has another number of answers."""
-    found = matching(task) if hasattr(task, "captioned") else closed(task)
-    if len(found.answers) != labels:
-        raise RunError(
-            f"task_settings, closed: {task.name} has {len(found.answers)} answers, and the model's head {labels}; give"
-            f" it as many with model_settings: {{answers: {len(found.answers)}}}"
-        )
-    return found
 
 
 def _fresh(run: ArmRun) -> Any:

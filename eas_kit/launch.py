@@ -34,6 +34,7 @@ from .processes import world_size
 from .saving import base_name
 from .sharding import is_sharded, sharding_is_asked_for
 from .tasks import load_task
+from .tasks.heads import for_a_head
 from .training import History, SearchResult, fit, search
 
 INTERRUPTED = 130
@@ -166,15 +167,7 @@ def _load_task(config: LaunchConfig, base: nn.Module, processor: Any) -> Any:
     settings = dict(config.task)
     if not settings.pop("closed", False):
         return load_task(processor=processor, **settings)
-    from .tasks.closed import closed
-
-    task, labels = closed(load_task(processor=processor, **settings)), base.config.num_labels
-    if len(task.answers) != labels:
-        raise ConfigError(
-            f"task.closed: {task.name} has {len(task.answers)} answers, and the model's head {labels}; give it as many"
-            f" (--set model.answers={len(task.answers)})"
-        )
-    return task
+    return for_a_head(load_task(processor=processor, **settings), base.config.num_labels)
 
 
 def _given_mask(mask: list[int] | str, net: EASModel) -> Sequence[int]:

@@ -30,7 +30,7 @@ class LaunchConfig(Config):
     """`name`, and what `load_model` takes: dtype, attn_implementation, ... A name alone will do."""
     task: dict[str, Any]
     """`name`, and what `load_task` takes: data_dir, sizes, ... A name alone will do. `closed: true`: for a
-    model with a closed list of answers (METER), see `eas_kit.tasks.closed`."""
+    model with a head in place of words (METER), see `eas_kit.tasks.heads`."""
     output_dir: str
     """Checkpoints (search/, tuning/), search.json, mask.json, adapters/ and results.json go here."""
     eas: EASConfig = field(default_factory=EASConfig)
@@ -150,6 +150,7 @@ def _named(where: str, section: str, value: Any) -> dict[str, Any]:
 def _check_task(where: str, task: Mapping[str, Any], evaluate: Any) -> None:
     """Names of settings, as far as the task's class tells them."""
     from .tasks import _find, _settings
+    from .tasks.heads import kind_for_a_head
 
     found = _find(task["name"])
     if not _takes_anything(found.__init__):
@@ -160,7 +161,7 @@ def _check_task(where: str, task: Mapping[str, Any], evaluate: Any) -> None:
         raise ConfigError(f"{where}, evaluate: wanted settings of task.evaluate, got {evaluate!r}")
     if evaluate.get("split", "test") not in ROLES:
         raise ConfigError(f"{where}, evaluate: split is one of {', '.join(ROLES)}, not {evaluate['split']!r}")
-    method = getattr(found, "evaluate", None)
+    method = getattr(kind_for_a_head(found) if task.get("closed") else found, "evaluate", None)
     if method is None:
         raise ConfigError(f"{where}, evaluate: {found.__name__} has no method evaluate; set it to null")
     if not _takes_anything(method):

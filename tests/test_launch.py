@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import captioned
 import launched
 import pytest
 import torch
@@ -339,6 +340,21 @@ def test_the_bundled_model_from_its_file(tmp_path):
     found = results(tmp_path / "tiny")
     assert len(found["metrics"]["mask"]) == 4 and found["metrics"]["num_sites"] == 12
     assert found["metrics"]["evaluate"]["count"] == 2
+
+
+def test_the_bundled_meter_from_the_file_of_a_real_one(tmp_path):
+    images = captioned.records(test=range(17), val=range(17, 36), train=range(36, 96))  # a picture and 15 false texts
+    data = captioned.write(tmp_path / "data", images)
+    changes = ["model={name: tiny-meter, task: retrieval}", f"task.data_dir={data}", "task.held_out={search: 0.4}"]
+    changes += ["search.warmup_steps=1", "search.updates=1", "search.train_steps_per_update=1", "search.batch_size=2"]
+    changes += ["search.reward_batch_size=2", "train.batch_size=2", "train.max_steps=2", "evaluate.limit=5"]
+    changes += ["search.progress=false", "train.progress=false", f"output_dir={tmp_path}/meter"]
+    options = [word for change in changes for word in ("--set", change)]
+    assert main([str(ROOT / "notebooks/params/launch/meter_flickr30k.yaml"), *options]) == 0
+    found = results(tmp_path / "meter")["metrics"]
+    assert len(found["mask"]) == 6 and found["num_sites"] == 24
+    assert found["evaluate"]["method"] == "matching" and found["evaluate"]["chance"]
+    assert set(found["evaluate"]["columns"]) == {f"{way}@{k}" for way in ("TR", "IR") for k in (1, 5, 10)}
 
 
 def base_settings(**changes):

@@ -24,11 +24,11 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertAttention
 
 import eas_kit as eas
-from eas_kit.arm_runs import expand, for_a_head, run_arm
+from eas_kit.arm_runs import expand, run_arm
 from eas_kit.arms import Arm
 from eas_kit.baselines import bottlenecks, full_tuning, language_linears, lora
 from eas_kit.compare import run_arms
-from eas_kit.errors import ConfigError, EASError, MergeError, RunError, UnsupportedModelError
+from eas_kit.errors import ConfigError, EASError, MergeError, TaskError, UnsupportedModelError
 from eas_kit.meta import meta_model
 from eas_kit.paper import read_tables
 from eas_kit.post_norm import post_norm_layers
@@ -36,6 +36,7 @@ from eas_kit.slots import skipping
 from eas_kit.tables import beside
 from eas_kit.tasks.base import ROLES
 from eas_kit.tasks.closed import ClosedTask
+from eas_kit.tasks.heads import for_a_head
 from eas_kit.tasks.matching import MatchingTask
 
 RANK = 6
@@ -372,7 +373,7 @@ def test_a_task_that_asks_for_texts_is_put_to_a_head(tmp_path):
     assert for_a_head(task, 2).answers == ("2", "yes") and not isinstance(task, ClosedTask)
     settings = {"task": "test_meter_layers:Asked", "task_settings": {"closed": True}}
     settings |= {"val_limit": None, "test_limit": None, "arm": {"method": "zero_shot"}}
-    with pytest.raises(RunError, match=r"closed: votes has 2 answers, and the model's head 14; .*\{answers: 2\}"):
+    with pytest.raises(TaskError, match=r"closed: votes has 2 answers, and the model's head 14; .*answers: 2 among"):
         run_arm(settings_of("vqa") | settings, tmp_path)
     captioned = eas.load_task("boards-retrieval", processor, sizes=dict.fromkeys(ROLES, 20))
     captioned.on_error = "raise"
