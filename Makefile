@@ -63,7 +63,7 @@ test-all: $(BROWSER_STAMP)  ## both
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lab: $(BASE_STAMP)  ## JupyterLab, opened on the first notebook
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/00_start_here.ipynb
 
 lint: $(TEST_STAMP)  ## ruff on code and notebooks; no outputs in the notebooks' sources
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The paper's tables as data: the file data/paper_tables.json, what is wrong with it, and the arms that its rows are.
 
-A figure that is not available to us is null in the file. To fill one in, write ``{"value": 12.3, "source": "paper"}``
+A figure that is not known to us is null in the file. To fill one in, write ``{"value": 12.3, "source": "paper"}``
 in its place, and ask ``python -m eas_kit.tables check``.
 """
 

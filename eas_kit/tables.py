@@ -21,7 +21,7 @@ from .paper import known_cells, read_tables, row_of
 if TYPE_CHECKING:
     import pandas
 
-UNKNOWN = "not published here"
+UNKNOWN = "not known to us"
 
 
 def beside(
@@ -44,7 +44,9 @@ def beside(
 
     Returns:
         Columns table, row, column, unit, measured (mean over runs; NaN where nothing was measured), sd (NaN for one
-        run), runs, published (NaN where null), difference (measured - published), source. In the paper's units.
+        run), runs, published (NaN where null), difference (measured - published), source,
+        and skipped: how many sites the runs of the row skipped, where its name has the paper's number. In the paper's
+        units.
 
     Raises:
         ConfigError: the frame names a row that the table does not have.
@@ -54,10 +56,12 @@ def beside(
     sources = [_runs_by_row(table, part) for part in (frame, costs) if part is not None]
     lines = []
     for row in table["rows"]:
+        skipped = next((run["k"] for runs in sources for run in runs.get(row["row"], ()) if "k" in run), None)
         for column in table["columns"]:
             found = (_measured(table, row, column, runs) for runs in sources)
             values = next((values for values in found if values), [])
-            lines.append(_line(table, row, column, [value * column["scale"] for value in values]))
+            values = [value * column["scale"] for value in values]
+            lines.append(_line(table, row, column, values) | {"skipped": skipped})
     return pd.DataFrame(lines)
 
 
@@ -131,8 +135,8 @@ def _value(run: Mapping[str, Any], path: str) -> float:
 
 
 def to_frame(found: pandas.DataFrame, columns: Sequence[str] | None = None, empty: bool = False) -> pandas.DataFrame:
-    """A table to read: a line a row; for each column what was measured (mean ± sd), and, where the paper's figure of
-    any row is known, `paper` and `difference`.
+    """A table to read: a line a row; how many sites were skipped, where any was; for each column what was measured
+    (mean ± sd), and, where the paper's figure of any row is known, `paper` and `difference`.
 
     Args:
         found: of `beside`, one table.
@@ -151,7 +155,7 @@ def to_frame(found: pandas.DataFrame, columns: Sequence[str] | None = None, empt
             continue
         title = f"{name} ({cells['unit'].iloc[0]})"
         for cell in cells.to_dict("records"):
-            line = lines.setdefault(cell["row"], {"row": cell["row"], "runs": 0})
+            line = lines.setdefault(cell["row"], {"row": cell["row"], "runs": 0, "skipped here": cell.get("skipped")})
             line["runs"] = max(line["runs"], cell["runs"])
             line[title] = _number(cell["measured"]) or "not measured"
             if cell["runs"] > 1:
@@ -159,7 +163,11 @@ def to_frame(found: pandas.DataFrame, columns: Sequence[str] | None = None, empt
             if known:
                 line[f"{name}, paper"] = _number(cell["published"]) or UNKNOWN
                 line[f"{name}, difference"] = _number(cell["difference"], "+")
-    return pd.DataFrame(list(lines.values()))
+    frame = pd.DataFrame(list(lines.values()))
+    if frame.empty or not any(k > 0 for k in frame["skipped here"] if k is not None):
+        return frame.drop(columns="skipped here", errors="ignore")
+    frame["skipped here"] = ["" if pd.isna(k) else str(int(k)) for k in frame["skipped here"]]
+    return frame
 
 
 def _number(value: float, sign: str = "") -> str:

@@ -352,7 +352,7 @@ def test_the_bundled_meter_from_the_file_of_a_real_one(tmp_path):
     options = [word for change in changes for word in ("--set", change)]
     assert main([str(ROOT / "notebooks/params/launch/meter_flickr30k.yaml"), *options]) == 0
     found = results(tmp_path / "meter")["metrics"]
-    assert len(found["mask"]) == 6 and found["num_sites"] == 24
+    assert len(found["mask"]) == 8 and found["num_sites"] == 24
     assert found["evaluate"]["method"] == "matching" and found["evaluate"]["chance"]
     assert set(found["evaluate"]["columns"]) == {f"{way}@{k}" for way in ("TR", "IR") for k in (1, 5, 10)}
 

@@ -108,7 +108,7 @@ def test_the_table_to_read(table, frame):
     assert list(shown["row"]) == ["dense", "EAS", "before", "not run"]
     assert "SOC, paper" not in shown  # none of the column is known: said once, by leaving it out
     assert shown.loc[0, "Avg (%)"] == "95.0 ± 2.83"
-    assert shown.loc[2, "Avg, paper"] == "not published here"
+    assert shown.loc[2, "Avg, paper"] == "not known to us"
     assert shown.loc[2, "Avg, difference"] == ""
     assert shown.loc[3, "Avg (%)"] == "not measured"
     assert shown.loc[1, "Avg, difference"] == "-2.50"
@@ -118,6 +118,8 @@ def test_the_table_to_read(table, frame):
         "| --- | --- | --- | --- | --- |",
         "| dense | 2 | 95.0 ± 2.83 | 90.0 | +5.00 |",
     ]
+    here = to_frame(beside(table, frame.assign(k=frame["row"].map({"dense": 0, "EAS": 3, "before": 3}))))
+    assert here["skipped here"].tolist() == ["0", "3", "3", ""]
     with pytest.raises(ConfigError, match="table 1 has no column 'Average'; it has Avg, SOC"):
         to_frame(found, ["Average"])
 
