@@ -27,6 +27,8 @@ def read(folder: Path) -> pd.DataFrame:
     """The finished runs of a sweep, without what no table shows."""
     frame = read_sweep(folder)
     frame = frame[frame["status"].isin(["done", "kept"])]
+    # of the tuning, not of the process, which may have read a file that another row's run had left
+    frame = frame.assign(seconds=frame.get("run_seconds", frame["seconds"]))
     defaults = vars(ArmRun())
     frame = frame.assign(**{name: [defaults[name]] * len(frame) for name in SETTINGS if name not in frame})
     return frame[[name for name in (*KEEP, *SETTINGS) if name in frame]].loc[:, lambda f: ~f.columns.duplicated()]

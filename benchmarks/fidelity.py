@@ -14,6 +14,7 @@ The results go to benchmarks/results/fidelity.json, the table into docs/fidelity
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -56,6 +57,13 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
+def _whole(found: Any) -> Any:
+    """What `fit` and `search` return after Ctrl-C is half a run, and not to be kept."""
+    if found.interrupted:
+        raise KeyboardInterrupt
+    return found
+
+
 class Lab:
     """The model, the task, and the runs of one folder."""
 
@@ -80,6 +88,11 @@ class Lab:
         found[_file("time", "parts", seeds[0])] = {"kind": "time", "eas": SHAPE, "mask": MASK}, self.times
         return found
 
+    def made(self, name: str) -> Path:
+        """The folder of adapters that several runs share, another one for other settings."""
+        settings = [self.steps, self.search_settings, SHARED, SHAPE, MASK, eas.__version__]
+        return self.folder / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
     def net(self, changes: dict[str, Any], seed: int) -> eas.EASModel:
         torch.manual_seed(seed)
         return eas.attach(eas.load_model("tiny")[0], eas.EASConfig(**SHAPE | changes))
@@ -87,30 +100,30 @@ class Lab:
     def tune(self, changes: dict[str, Any], seed: int) -> dict[str, Any]:
         net = self.net(changes, seed)
         net.mask = MASK
-        history = eas.fit(net, self.task, eas.TrainConfig(max_steps=self.steps, seed=seed, **SHARED))
+        history = _whole(eas.fit(net, self.task, eas.TrainConfig(max_steps=self.steps, seed=seed, **SHARED)))
         if not changes:
-            net.save_pretrained(self.folder / f"tuned-{seed}")
+            net.save_pretrained(self.made(f"tuned-{seed}"))
         found = self.task.evaluate(net, "val", batch_size=100)
         return {"loss": found["loss"], "accuracy": found["accuracy"], "seconds": history.seconds}
 
     def search(self, changes: dict[str, Any], seed: int) -> dict[str, Any]:
         config = eas.SearchConfig(**self.search_settings | changes, seed=seed, **SHARED)
-        result = eas.search(self.net({}, seed), self.task, config)
+        result = _whole(eas.search(self.net({}, seed), self.task, config))
         return {"mask": result.skipped, "preferences": result.preferences.tolist(), "seconds": result.seconds}
 
     def neutral(self) -> eas.EASModel:
         """Adapters trained under random masks alone, to score every mask with; made once."""
-        folder = self.folder / "neutral"
+        folder = self.made("neutral")
         if not folder.is_dir():
             net = self.net({}, 1000)
             settings = self.search_settings | {"warmup_steps": self.steps - 1, "updates": 1}
-            eas.search(net, self.task, eas.SearchConfig(**settings, seed=1000, **SHARED))
+            _whole(eas.search(net, self.task, eas.SearchConfig(**settings, seed=1000, **SHARED)))
             net.save_pretrained(folder)
         return eas.load(folder).eval()
 
     def merges(self, seed: int) -> dict[str, Any]:
         """What two other merges would change, on the tuned adapters of a seed, over 32 prompts of val."""
-        folder = self.folder / f"tuned-{seed}"
+        folder = self.made(f"tuned-{seed}")
         if not folder.is_dir():
             self.tune({}, seed)
         net = eas.load(folder).eval()
@@ -206,7 +219,7 @@ def collect(lab: Lab, seeds: tuple[int, ...] = SEEDS, score: bool = True) -> dic
     }
     masks = {f"{name}/{row['seed']}": row["mask"] for name, rows in record["search"].items() for row in rows}
     if masks:
-        key = {"kind": "scores", "masks": masks, "steps": lab.steps, "val": lab.val}
+        key = {"kind": "scores", "masks": masks, "steps": lab.steps, "val": lab.val, "version": eas.__version__}
 
         def losses_of() -> dict[str, Any]:
             found = score_masks(lab.neutral(), lab.task, masks, limit=lab.val)
@@ -304,7 +317,11 @@ def main(argv: list[str] | None = None) -> int:
             except Busy:
                 print(f"{name}: another process is at it", flush=True)
     if not args.list:
-        record = report.plain(collect(lab, tuple(args.seeds), score=not args.collect))
+        try:
+            record = report.plain(collect(lab, tuple(args.seeds), score=not args.collect))
+        except Busy:
+            print("another process scores the masks, and will write the results", flush=True)
+            return 0
         report.write_json(RESULTS, record)
         fill(record, PAGE)
         print(table(record))

@@ -148,6 +148,7 @@ def run_arm(settings: Mapping[str, Any], folder: str | Path, log: Callable[[str]
         learning_rates={**LEARNING_RATES, **rates},
         grid={name: rate for name, rate in run.learning_rates.items() if isinstance(rate, list)},
         model_name=run.model,
+        made_with={"model": run.model_settings, "task": run.task_settings},
         log=log,
     )
     (row,) = frame.to_dict("records")
@@ -174,7 +175,8 @@ def make_plan(run: ArmRun, task: Any) -> Plan:
         "eas": EASConfig(skip_rank=run.skip_rank, adapt_rank=run.adapt_rank, dropout=run.dropout),
         "search": SearchConfig(**search),
         "evaluate": dict(run.evaluate),
-        "zero_shot": {"method": "options"} if options else {},  # an untuned model does not know the answers' form
+        # an untuned model does not know the answers' form
+        "zero_shot": dict(run.evaluate) | ({"method": "options"} if options else {}),
         "score_limit": run.val_limit,
     }
     return Plan(**(defaults | run.plan))
@@ -211,7 +213,7 @@ def _loaded(parts: str) -> tuple[Any, Any]:
     base, processor = eas.load_model(model, device=device, **model_settings)
     asked = settings.pop("closed", False)
     found = eas.load_task(task, processor, **settings)
-    return base, for_a_head(found, base.config.num_labels) if asked else found
+    return base, for_a_head(found, base.config.num_labels, settings.get("sizes")) if asked else found
 
 
 def _fresh(run: ArmRun) -> Any:

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from .bottleneck import Behind, Bottleneck, like
 from .errors import ConfigError
+from .families import layer_names
 from .masks import check_mask
+from .rehearsal import leaves_tuple
 from .sites import decoder_layers, find_sites, names_its_sites
 from .trained_parts import TrainedParts, wanted_parts
 
 VISION = ("vision", "visual", "image_encoder")  # in the paths of vision towers
+MERGERS = (".merger.", ".deepstack_merger_list.")  # projectors that lie inside of them (Qwen-VL)
 
 
 def full_tuning(model: nn.Module, projector: bool = True) -> tuple[nn.Module, float]:
@@ -35,7 +38,7 @@ def full_tuning(model: nn.Module, projector: bool = True) -> tuple[nn.Module, fl
     """
     inside = {id(p) for part in _language_model(model) for p in part.parameters()}
     for name, parameter in model.named_parameters():
-        between = projector and not any(word in name for word in VISION)
+        between = projector and (not any(word in name for word in VISION) or any(word in name for word in MERGERS))
         parameter.requires_grad_(id(parameter) in inside or between)
     return model, share_trained(model)
 
@@ -105,9 +108,7 @@ class LayerAdapter(Bottleneck):
 
     def __init__(self, layer: nn.Module, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        if hasattr(
-            layer, "attention_type"
-        ):  # decoders with several kinds of attention mask ask each layer for its kind
+        if hasattr(layer, "attention_type"):  # decoders with several attention masks ask each layer which it takes
             self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,14 +134,21 @@ def skip_layers(model: nn.Module, layers: Iterable[int], rank: int = 128) -> tup
     leaves, where EAS skips attentions and keeps feed-forwards. Returns as `bottlenecks`.
 
     Raises ConfigError for a layer that is not there, and for layer 0: the KV cache takes its length from that entry,
-    so that without it every decoded token would be placed at the start.
+    so that without it every decoded token would be placed at the start. And for a family whose layers return tuples
+    (GPT-J, Falcon).
     """
     _, stack = decoder_layers(model)
     chosen = check_mask(layers, len(stack))  # layers, not sites: a hybrid has more of them
     if 0 in chosen:
         raise ConfigError("skip_layers: layer 0 must stay, as the KV cache takes its length from it; skip a later one")
+    first = find_sites(model)[0]
+    width, known = first.hidden_size, stack[first.layer]
+    if leaves_tuple(known, layer_names(known), width):
+        raise ConfigError(
+            f"skip_layers: {type(known).__name__} returns a tuple, which the adapter in its place does not; take"
+            ' eas.attach(model, eas.EASConfig(kinds=("layer",), adapter="bottleneck")) and set its mask'
+        )
     model.requires_grad_(False)
-    width = find_sites(model)[0].hidden_size
     for number in chosen:
         layer = stack[number]
         stack[number] = like(LayerAdapter(layer, width, rank), layer)

@@ -27,13 +27,14 @@ from .cache import Busy, cached
 from .checkpoint import rng_state, set_rng_state
 from .config import TrainConfig
 from .counting import flops, parameters
-from .errors import ConfigError, MergeError
+from .errors import ConfigError, MergeError, NothingOpenedError
 from .merging import check_foldable
 from .model import EASModel, attach
 from .modes import eval_mode
 from .probe import score_without
 from .scorers import SCORERS
 from .sites import names_its_sites
+from .tasks.evaluation import weights_digest
 from .tasks.matching import MatchingTask
 from .timing import latency
 from .training import candidate_sites, fit, search
@@ -65,6 +66,7 @@ def run_arms(
     learning_rates: Mapping[str, float] = LEARNING_RATES,
     grid: Mapping[str, Sequence[float]] | None = None,
     model_name: str = "",
+    made_with: Mapping[str, Any] | None = None,
     log: Callable[[str], Any] = print,
     wait: bool = True,
 ) -> pandas.DataFrame:
@@ -73,13 +75,14 @@ def run_arms(
     make_model: a fresh base model, the same each time. grid: for a method, learning rates to choose from: the plain
     method (k = 0, first seed) is run with each, and the best accuracy on `val` (then loss) wins; `test` is reported
     for all runs and never chosen by (`arms.GRIDS` has one for every method; DAS, of which nothing trains without
-    skipping, is tried with k random layers). model_name: goes into the files' keys, to keep models apart.
+    skipping, is tried with k random layers). model_name goes into the files' keys, to keep models apart, and
+    so does made_with: settings of model and task that are not seen in weights and questions.
     Runs that another process is working on are waited for, or left out without `wait`.
     Raises ConfigError for settings of an arm that make no sense before anything runs.
     """
     for arm in arms:
         (plan or Plan()).key(arm)
-    table = _Table(task, make_model, plan or Plan(), Path(out_dir), model_name, log)
+    table = _Table(task, make_model, plan or Plan(), Path(out_dir), model_name, made_with or {}, log)
     order = [(arm, seed) for seed in seeds for arm in arms]
     jobs, rows, told = order, {}, False
     while jobs:
@@ -120,7 +123,7 @@ def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 class _Table:
-    def __init__(self, task, make_model, plan: Plan, folder: Path, model_name: str, log):
+    def __init__(self, task, make_model, plan: Plan, folder: Path, model_name: str, made_with: Mapping, log):
         self.task, self.make_model, self.plan, self.folder, self.log = task, make_model, plan, folder, log
         sizes = [len(getattr(task, split)) for split in ("train", "search", "val", "test")]
         self.base_key = {
@@ -128,9 +131,16 @@ class _Table:
             "sizes": sizes,
             "texts": _digest(task),
             "model": model_name,
-            "weights": _fingerprint(make_model()),
+            "weights": weights_digest(model := make_model()),
             "version": __version__,
         }
+        if plan.latency is not None:
+            if names_its_sites(model):
+                raise ConfigError(
+                    f"Plan.latency: times are of written answers, and {type(model).__name__} writes none; leave it out"
+                )
+            self.base_key["device"] = next(model.parameters()).device.type
+        self.base_key |= {"made_with": dict(made_with)} if made_with else {}
 
     def learning_rate(self, arm: Arm, seed: int, rates: Mapping[str, float], grid: Mapping) -> float | None:
         method = arm.method
@@ -164,6 +174,8 @@ class _Table:
                     plan.train.to_dict() | {"max_steps": plan.steps, "learning_rate": rate, "seed": seed}
                 )
                 history = fit(net, task, config)
+                if history.interrupted:  # half a run is no result, and would be read as one
+                    raise KeyboardInterrupt
                 row |= {"steps": len(history), "seconds": history.seconds}
         finally:
             set_rng_state(before)
@@ -171,7 +183,8 @@ class _Table:
         for split in ("val", "test"):
             found = task.evaluate(net, split, **settings)
             if isinstance(task, MatchingTask):  # ranking has no loss; this is that of the batches it trains on
-                found["loss"] = task.score(net, split, limit=settings.get("limit"))["loss"]
+                at_once = max(1, settings.get("batch_size", 64) // (1 + task.false_texts))  # pairs, as in evaluate
+                found["loss"] = task.score(net, split, limit=settings.get("limit"), batch_size=at_once)["loss"]
             row |= {f"{split}_{part}": found[part] for part in ("accuracy", "loss")}
             row["details"] = row.get("details", {}) | {split: found}
         row["unparsed"] = row["details"]["test"].get("unparsed")
@@ -202,7 +215,7 @@ class _Table:
     def _costs(self, net: nn.Module) -> dict[str, Any]:
         """Multiply-accumulates of one prompt, and times, if the plan asks for them; merged too, where that is exact."""
         device = next(net.parameters()).device
-        batch = self.task.collate([self.task.val[0]], answers=False)
+        batch = self._prompt()
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         calls = {"": net}
         counted = flops(net, inputs)
@@ -225,6 +238,15 @@ class _Table:
                     if "decode_per_token" in times:
                         found[f"{name}decode_seconds"] = times["decode_per_token"]["median"]
         return found
+
+    def _prompt(self) -> Any:
+        """The first prompt of val whose pictures open."""
+        for i in range(len(self.task.val)):
+            try:
+                return self.task.collate([self.task.val[i]], answers=False)
+            except NothingOpenedError:
+                pass
+        raise NothingOpenedError(f"{self.task.name}: no example of val can be opened")
 
     def _choose(self, net: EASModel, arm: Arm, seed: int) -> tuple[EASModel, dict]:
         """Sets the mask in the way of the arm."""
@@ -250,6 +272,8 @@ class _Table:
 
             def find() -> dict:
                 result = search(net, self.task, config)
+                if result.interrupted:
+                    raise KeyboardInterrupt
                 return asdict(result) | {"preferences": result.preferences.tolist()}
 
             if self.plan.tune_on:
@@ -291,12 +315,6 @@ def _digest(task: Any) -> str:
                 getattr(example, "answer", ""),
             ]
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:10]
-
-
-def _fingerprint(model: nn.Module) -> float:
-    """Tells weights apart that share a name and shapes."""
-    last = list(model.parameters())[-1]
-    return round(last.detach().double().abs().sum().item(), 6)
 
 
 def _frame(rows: list[dict]) -> pandas.DataFrame:

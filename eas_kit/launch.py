@@ -167,7 +167,7 @@ def _load_task(config: LaunchConfig, base: nn.Module, processor: Any) -> Any:
     settings = dict(config.task)
     if not settings.pop("closed", False):
         return load_task(processor=processor, **settings)
-    return for_a_head(load_task(processor=processor, **settings), base.config.num_labels)
+    return for_a_head(load_task(processor=processor, **settings), base.config.num_labels, settings.get("sizes"))
 
 
 def _given_mask(mask: list[int] | str, net: EASModel) -> Sequence[int]:

@@ -34,11 +34,21 @@ def rehearse(layer: nn.Module, names: Names, width: int) -> bool:
 
     Raises UnsupportedModelError if layer(x) without its attention is not x + FFN(norm(x)), up to the family's own tail.
     """
+    return _rehearsed(layer, names, width)[0]
+
+
+@torch.no_grad()
+def leaves_tuple(layer: nn.Module, names: Names, width: int) -> bool:
+    """True if the layer itself returns a tuple, False if a tensor. Raises as `rehearse`."""
+    return _rehearsed(layer, names, width)[1]
+
+
+def _rehearsed(layer: nn.Module, names: Names, width: int) -> tuple[bool, bool]:
+    """Whether the layer takes a tuple from its feed-forward, and whether it returns one."""
     reasons = []
     for as_tuple in (False, True):
         try:
-            _rehearse(layer, names, width, as_tuple)
-            return as_tuple
+            return as_tuple, _rehearse(layer, names, width, as_tuple)
         except UnsupportedModelError as error:
             reasons.append(error)
         except Exception as error:  # whatever a forward may do with parts that it did not expect
@@ -51,7 +61,7 @@ def rehearse(layer: nn.Module, names: Names, width: int) -> bool:
     )
 
 
-def _rehearse(layer: nn.Module, names: Names, width: int, as_tuple: bool) -> None:
+def _rehearse(layer: nn.Module, names: Names, width: int, as_tuple: bool) -> bool:
     x, n, m = (torch.sin(torch.arange(3.0 * width, device="cpu") * k).view(1, 3, width) for k in (1.0, 2.0, 3.0))
     entrance = m if names.norm_ffn else n  # what the feed-forward must read
     seen: dict[str, Tensor] = {}
@@ -79,7 +89,8 @@ def _rehearse(layer: nn.Module, names: Names, width: int, as_tuple: bool) -> Non
         p.name: None for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
     out = type(layer).forward(actor, x, **missing)
-    out = out[0] if isinstance(out, tuple | list) else out
+    in_tuple = isinstance(out, tuple | list)
+    out = out[0] if in_tuple else out
     for part, wanted in (("attention", n), ("feed-forward", entrance)):
         if part not in seen:
             raise UnsupportedModelError(f"the {part} was not called")
@@ -88,3 +99,4 @@ def _rehearse(layer: nn.Module, names: Names, width: int, as_tuple: bool) -> Non
     factor = (out * x).sum() / (x * x).sum()  # some families scale what leaves a layer
     if out.shape != x.shape or factor <= 0 or not torch.allclose(out, factor * x, atol=1e-5):
         raise UnsupportedModelError("what left the layer was not what had entered it")
+    return in_tuple

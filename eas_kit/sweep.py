@@ -174,7 +174,7 @@ def _write_table(result: SweepReport) -> None:
     frame = result.frame
     for name in frame.columns:
         kinds = {type(value) for value in frame[name] if value is not None and value == value}
-        if kinds & {list, dict, tuple} or len(kinds - {int, float}) > 1:
+        if kinds & {list, dict, tuple} or (len(kinds) > 1 and kinds != {int, float}):
             frame[name] = frame[name].map(lambda v: json.dumps(v) if isinstance(v, list | dict | tuple) else v)
             if len({type(v) for v in frame[name] if v is not None and v == v}) > 1:
                 frame[name] = frame[name].map(lambda v: v if v is None or isinstance(v, str) else json.dumps(v))

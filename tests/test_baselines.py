@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 import eas_kit as eas
 from eas_kit.arms import BASELINES
-from eas_kit.baselines import bottlenecks, llama_adapter
+from eas_kit.baselines import bottlenecks, full_tuning, llama_adapter
 from eas_kit.bottleneck import Parallel
 from eas_kit.errors import ConfigError
 from eas_kit.virtual_tokens import _keys_and_values, mam, prefix_tuning, prompt_tuning
@@ -163,6 +163,18 @@ def test_other_families(family, name):
     assert torch.equal(cached, generate(tuned, subject.prompts, use_cache=False))
     for number, alone in enumerate(subject.alone):
         assert torch.equal(generate(tuned, alone)[0], cached[number])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_full_tuning_trains_a_projector_inside_of_the_vision_tower(family):
+    (row,) = [one for one in FAMILIES if one.name == family]
+    names = {name for name, _ in row.build().named_parameters()}
+    tower = {name for name in names if "visual" in name}
+    projector = {name for name in tower if ".merger." in name or ".deepstack_merger_list." in name}
+    assert projector and projector < tower
+    for wanted, projects in ((names - tower, False), (names - tower | projector, True)):
+        tuned, _ = full_tuning(row.build(), projector=projects)
+        assert {name for name, p in tuned.named_parameters() if p.requires_grad} == wanted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import toys
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 import eas_kit as eas
 from eas_kit import cache, compare
@@ -18,7 +18,7 @@ from eas_kit.arms import CANDIDATES, CHOICES, GRIDS, LEARNING_RATES, METHODS, Ar
 from eas_kit.baselines import bottlenecks, full_tuning, language_linears, lora, skip_layers
 from eas_kit.cache import Busy, cached
 from eas_kit.compare import run_arms, summary
-from eas_kit.errors import ConfigError
+from eas_kit.errors import ConfigError, NothingOpenedError
 from eas_kit.stability import agreement, overlap, rank_correlation, score_masks
 
 # -- baselines -----------------------------------------------------------------------------------------------------
@@ -112,6 +112,13 @@ def test_skipped_layers_leave_a_shorter_model():
         skip_layers(toys.make_llama(), [0, 2])
     with pytest.raises(ConfigError, match=r"sites are numbered 0 to 4"):
         skip_layers(toys.make_llama(), [5])
+
+
+def test_layers_that_return_tuples_are_refused():
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=17, n_embd=32, n_layer=3, n_head=2, rotary_dim=8))
+    with pytest.raises(ConfigError, match=r"returns a tuple, .* take eas.attach\(model, eas.EASConfig\(kinds="):
+        skip_layers(model, [2], rank=7)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_layers_are_skipped_by_their_own_number():
@@ -352,6 +359,58 @@ def test_runs_are_the_same_in_any_order_and_with_fresh_adapters(toy_task, tmp_pa
     assert on["test_loss"][0] != one["test_loss"][0]
 
 
+@pytest.mark.parametrize(("arm", "loop"), [(Arm("pia"), "fit"), (Arm("pia", 2, "bandit"), "search")])
+def test_an_interrupted_run_is_no_result(toy_task, tmp_path, monkeypatch, arm, loop):
+    real = getattr(compare, loop)
+
+    def stopped(*given):
+        found = real(*given)
+        found.interrupted = True
+        return found
+
+    monkeypatch.setattr(compare, loop, stopped)
+    quiet = {"plan": small_plan(), "log": lambda line: None, "out_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(toy_task, toys.make_llava, [arm], **quiet)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert run_arms(toy_task, toys.make_llava, [arm], **quiet)["steps"][0] == 3
+
+
+def test_other_weights_settings_and_devices_are_other_runs(toy_task, tmp_path):
+    quiet = {"plan": small_plan(), "log": lambda line: None, "out_dir": tmp_path}
+
+    def files(make=toys.make_llava, **more):
+        run_arms(toy_task, make, [Arm("zero_shot")], **quiet | more)
+        return len(list(tmp_path.iterdir()))
+
+    def other_first_weight():
+        model = toys.make_llava()
+        next(model.parameters()).data[0] += 1
+        return model
+
+    assert (files(), files()) == (1, 1)
+    assert files(other_first_weight) == 2
+    assert files(made_with={"task": {"false_texts": 2}}) == files(made_with={"task": {"false_texts": 2}}) == 3
+    timed = small_plan(latency={"new_tokens": 2, "repeats": 1})
+    assert files(plan=timed) == 4
+    assert [json.loads(file.read_text())["key"].get("device") for file in tmp_path.iterdir()].count("cpu") == 1
+
+
+def test_the_costs_are_of_a_prompt_that_opens(toy_task, tmp_path, monkeypatch):
+    real, quiet = toy_task.collate, {"plan": small_plan(), "log": lambda line: None}
+
+    def collate(examples, answers=True):
+        if not answers and len(examples) == 1 and examples[0] is toy_task.val[0]:
+            raise NothingOpenedError("no picture")
+        return real(examples, answers=answers)
+
+    monkeypatch.setattr(toy_task, "collate", collate)
+    frame = run_arms(toy_task, toys.make_llava, [Arm("zero_shot")], out_dir=tmp_path, **quiet)
+    inputs = real([toy_task.val[1]], answers=False)
+    assert frame["macs"][0] == eas.measure.flops(toys.make_llava(), inputs)["total"]
+
+
 def test_learning_rate_is_chosen_on_val(toy_task, tmp_path):
     grid = {"full": (1e-6, 1e-2)}
     arguments = {"out_dir": tmp_path, "plan": small_plan(steps=60), "log": lambda line: None}
@@ -452,10 +511,10 @@ def test_masks_are_scored_and_the_nets_own_is_kept(toy_task):
     assert frame["reward"][1] == pytest.approx(torch.exp(torch.tensor(-frame["loss"][1])).item(), rel=1e-5)
 
 
-def test_results_of_another_template_or_other_weights_are_not_reused(toy_task):
+def test_results_of_another_template_are_not_reused(toy_task):
     from types import SimpleNamespace
 
-    from eas_kit.compare import _digest, _fingerprint
+    from eas_kit.compare import _digest
 
     example = SimpleNamespace(question="Which?", explanation="", answer="That")
     splits = {name: [example] for name in ("train", "search", "val", "test")}
@@ -470,7 +529,3 @@ def test_results_of_another_template_or_other_weights_are_not_reused(toy_task):
     assert _digest(seeds[0]) != _digest(seeds[1]) and _digest(seeds[0]) == _digest(seeds[0])
     named = SimpleNamespace(**vars(example) | {"id": "Airport/airport_2"})  # of one question, asked of all pictures
     assert _digest(one) != _digest(SimpleNamespace(template="A", parser="p", **(splits | {"val": [named]})))
-    model = torch.nn.Linear(3, 5)
-    before = _fingerprint(model)
-    model.bias.data += 1
-    assert _fingerprint(model) != before

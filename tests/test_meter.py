@@ -425,6 +425,19 @@ def test_a_tuned_meter_finds_its_checkpoint_and_its_task_again(tmp_path, tokeniz
     assert again.mask == tuple(MASK)
 
 
+def test_a_tuned_meter_of_other_sizes_is_found_again(tmp_path, tokenizer_folder):
+    file = tmp_path / "meter.ckpt"
+    torch.save({"state_dict": checkpoint()}, file)
+    settings = {"checkpoint": file, "tokenizer": tokenizer_folder, "config": config("nlvr2"), "dtype": "float64"}
+    model, _ = eas.load_model("meter", task="nlvr2", **settings)
+    net, batch = stirred(model), inputs("nlvr2")
+    net.mask = MASK
+    net.save_pretrained(tmp_path / "tuned")
+    for again in (eas.load(tmp_path / "tuned"), eas.load(tmp_path / "tuned", config=config("nlvr2"))):
+        with torch.no_grad():
+            assert torch.equal(again.eval()(**batch).logits, net(**batch).logits)
+
+
 @pytest.mark.parametrize("labels", [2, 3, 3129])
 def test_the_number_of_answers_is_kept(labels, tmp_path):
     config(num_labels=labels).save_pretrained(tmp_path)

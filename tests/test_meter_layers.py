@@ -360,6 +360,13 @@ def test_an_untuned_meter_is_asked_in_the_one_way_there_is(tmp_path):
     assert row["trainable"] == 0 and math.isfinite(row["test_loss"])
 
 
+def test_times_of_answers_are_refused_before_anything_is_tuned(tmp_path):
+    settings = settings_of("vqa") | {"arm": {"method": "full"}, "plan": {"latency": {"new_tokens": 2}}}
+    with pytest.raises(ConfigError, match=r"Plan.latency: times are of written answers, and Meter writes none"):
+        run_arm(settings, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 class Asked(Votes):
     """Questions to be answered in words."""
 

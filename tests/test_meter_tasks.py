@@ -369,6 +369,9 @@ def test_captioned_pictures_of_any_task_are_matched(processor):
         assert not set(others) & set(example.references)
     assert task.texts(task.train[3]) == matching(Captioned(processor), false_texts=4).texts(task.train[3])
     assert task.collate(task.val[:2])["input_ids"].shape[:2] == (2, 5)
+    few = matching(Captioned(processor), false_texts=4, sizes={"val": 6, "test": 99})
+    assert [len(getattr(few, role)) for role in ROLES] == [9, 9, 6, 9]
+    assert {e.id for e in few.val} < {e.id for e in task.val}
     with pytest.raises(TaskError, match="false_texts=15 wants more pictures than that in every role; train has 9"):
         matching(Captioned(processor))
     with pytest.raises(

@@ -18,8 +18,8 @@ from books import make_book
 
 from eas_kit.cli import main
 from eas_kit.errors import RunError
-from eas_kit.grids import read_grid
-from eas_kit.sweep import read_sweep, sweep
+from eas_kit.grids import Job, read_grid
+from eas_kit.sweep import DONE, SweepReport, Went, _write_table, read_sweep, sweep
 
 PARAMETERS = 'seed = 0  # draw\nmarks = ""  # a folder\nrun_dir = "runs/manual"  # where'
 # leaves a mark for every time it runs; waits for a sign in seed 2; fails in seed 1
@@ -172,6 +172,28 @@ def test_runs_of_arms_are_those_of_the_library(tmp_path):
         assert frame.loc[1, name] == alone.loc[0, name], name
     assert not frame["test_loss"].isna().any()
     assert len({*frame["test_loss"]}) == 2
+
+
+@pytest.mark.parametrize("values", [[4, "auto"], [True, 4], [1.5, "never"], [None, 3], [2, 0.5], [[1], "all"]])
+def test_a_column_of_several_kinds_is_written(tmp_path, values):
+    jobs = [Job(str(number), "arms", {}, {}) for number in range(2)]
+    went = [Went(job, DONE, result={"found": value}) for job, value in zip(jobs, values, strict=True)]
+    _write_table(SweepReport(tmp_path, went))
+    found = read_sweep(tmp_path)["found"]
+    numbers = all(isinstance(value, int | float | None) and not isinstance(value, bool) for value in values)
+    assert [None if value != value else value for value in found] == [
+        value if numbers or isinstance(value, str | list) else json.dumps(value) for value in values
+    ]
+    assert (tmp_path / "results.csv").exists()
+
+
+def test_an_untuned_model_is_asked_as_the_others_but_for_its_form(tmp_path):
+    import eas_kit as eas
+    from eas_kit.arm_runs import ArmRun, make_plan
+
+    task = eas.load_task("elements", eas.load_model("tiny")[1], sizes={"val": 3, "test": 5})
+    plan = make_plan(ArmRun(arm={"method": "zero_shot"}, evaluate={"batch_size": 3, "limit": 2}), task)
+    assert plan.zero_shot == {"batch_size": 3, "limit": 2, "method": "options"}
 
 
 def test_folders_and_numbers_of_workers_that_make_no_sense(place):

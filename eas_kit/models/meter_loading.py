@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _published(
     image_size: int | None = None,
     answers: int | Sequence[str] | None = None,
     tokenizer: str | Path = "FacebookAI/roberta-base",
-    config: MeterConfig | None = None,
+    config: MeterConfig | Mapping[str, Any] | None = None,
     dtype: Any = None,
     attn_implementation: str = "sdpa",
     **hub: Any,
@@ -92,11 +92,14 @@ def _published(
             "load_model('meter'): wanted checkpoint=, the path of meter_clip16_288_roberta_pretrain.ckpt, which METER's"
             " authors publish (github.com/zdou0830/METER). For a model without weights: paper_config('meter-vqa')"
         )
-    if config is not None and not isinstance(config, MeterConfig):
+    given = isinstance(config, MeterConfig) or (isinstance(config, Mapping) and "vision_config" in config)
+    if config is not None and not given:
         raise ConfigError(f"load_model('meter'): config: wanted a MeterConfig, got a {type(config).__name__}")
     if config is not None and image_size is not None:
         raise ConfigError("load_model('meter'): give image_size= or config=, which has one, not both")
-    config = paper_size(task, image_size) if config is None else copy.deepcopy(config)
+    if isinstance(config, Mapping):  # as adapters that were saved note it
+        config = MeterConfig.from_dict(dict(config))
+    config = copy.deepcopy(config) if given else paper_size(task, image_size)
     config.task = task
     _set_answers(config, task, answers)
     state = read_state(checkpoint)
@@ -110,7 +113,8 @@ def _published(
             stacklevel=4,
         )
     options = {"task": task, "checkpoint": str(Path(checkpoint).expanduser().resolve())}
-    options |= {"image_size": config.vision_config.image_size, "tokenizer": str(tokenizer)}
+    own = {"config": config.to_dict()} if given else {"image_size": config.vision_config.image_size}
+    options |= own | {"tokenizer": str(tokenizer)}
     options |= {"answers": config.num_labels} if task == "vqa" else {}
     return _finished(model, options), processor
 

@@ -279,16 +279,9 @@ def _predict(task, model, opened, batch, settings: Settings, new_tokens: int, wi
 def _describe(model) -> dict[str, Any]:
     """What tells one model from another in a predictions file, so that no answers of another one are taken over.
 
-    ``weights`` is a hash of 64 numbers or more from every parameter: training moves all of them. Blocks of
-    ``eas.skipping`` and of a static merge leave the parameters as they are, and answer otherwise.
+    Blocks of ``eas.skipping`` and of a static merge leave the parameters as they are, and answer otherwise.
     """
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
-    digest = hashlib.sha256()
-    for key, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        if not flat.is_meta and len(flat):  # offloaded weights are elsewhere
-            some = flat[:: max(1, len(flat) // 64)].cpu().double()
-            digest.update(f"{key} {parameter.dtype} ".encode() + some.numpy().tobytes())
     mask = getattr(model, "mask", None)
     skipping = [path for path, module in model.named_modules() if isinstance(module, NoAttention | NoFeedForward)]
     return {
@@ -297,8 +290,19 @@ def _describe(model) -> dict[str, Any]:
         "mask": None if mask is None else list(mask),
         "skipping": skipping or None,
         "merged": True if getattr(model, "is_merged", False) else None,
-        "weights": digest.hexdigest()[:16],
+        "weights": weights_digest(model),
     }
+
+
+def weights_digest(model) -> str:
+    """A hash of 64 numbers or more from every parameter: training moves all of them."""
+    digest = hashlib.sha256()
+    for key, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        if not flat.is_meta and len(flat):  # offloaded weights are elsewhere
+            some = flat[:: max(1, len(flat) // 64)].cpu().double()
+            digest.update(f"{key} {parameter.dtype} ".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_ids(task, split: str, examples: Sequence) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,11 +147,15 @@ class MatchingTask(ClosedTask):
 class Matching(MatchingTask):
     """See ``matching``."""
 
-    def __init__(self, task: Any, false_texts: int):
+    def __init__(self, task: Any, false_texts: int, sizes: Mapping[str, int]):
         self.task, self.name, self.seed, self.on_error = task, task.name, task.seed, task.on_error
         super().__init__(task.processor, false_texts)
         for role in ROLES:
-            setattr(self, role, task.captioned(role) if len(getattr(task, role)) else ())
+            pictures = task.captioned(role) if len(getattr(task, role)) else ()
+            if (size := sizes.get(role)) is not None and size < len(pictures):
+                drawn = random.Random(f"{task.seed} pictures {role}").sample(range(len(pictures)), size)
+                pictures = [pictures[i] for i in sorted(drawn)]
+            setattr(self, role, pictures)
         self.check_numbers()
 
     def about(self) -> dict[str, Any]:
@@ -164,8 +168,11 @@ class Matching(MatchingTask):
         self.task.left_out(problems)
 
 
-def matching(task: Any, false_texts: int = 15) -> Matching:
+def matching(task: Any, false_texts: int = 15, sizes: Mapping[str, int] | None = None) -> Matching:
     """A task of captioned pictures (Flickr30K, as ``load_task`` returns it) for a model with a matching head.
+
+    ``sizes``: by role, how many of the pictures, drawn by the task's seed; all of them where it says nothing. (The
+    sizes that the task itself was loaded with are of its questions.)
 
     Raises TaskError for a task without ``captioned``, and for roles with too few pictures.
     """
@@ -174,4 +181,4 @@ def matching(task: Any, false_texts: int = 15) -> Matching:
             f"matching: wanted a task of captioned pictures, as flickr30k; this {type(task).__name__} has no captioned;"
             " for questions with a closed list of answers there is eas_kit.tasks.closed.closed(task)"
         )
-    return Matching(task, false_texts)
+    return Matching(task, false_texts, sizes or {})
