@@ -8,6 +8,7 @@ Computes nothing anew; a sweep that is not finished gives the seeds that it has.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -34,6 +35,20 @@ def read(folder: Path) -> pd.DataFrame:
     return frame[[name for name in (*KEEP, *SETTINGS) if name in frame]].loc[:, lambda f: ~f.columns.duplicated()]
 
 
+def settings_of(runs: pd.DataFrame, names: list[str]) -> dict[str, dict]:
+    """Settings by what has them, such as "Tables 1, 7: tiny, elements"."""
+    tuned = runs[runs["steps"] > 0]  # what was not tuned took no steps
+    alike = (
+        tuned[[*names, "model", "task"]].map(lambda value: json.dumps(plain(value, "a setting"))).agg("".join, axis=1)
+    )
+    found = {}
+    for _, part in tuned.groupby(alike, sort=False):
+        tables = sorted(part["table"].unique())
+        label = f"Table{'s' * (len(tables) > 1)} {', '.join(tables)}: {', '.join(part.iloc[0][['model', 'task']])}"
+        found[label] = part.iloc[0][names].to_dict()
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, help="folders of sweeps")
@@ -44,11 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = [name for name in SETTINGS if name in runs and name not in ("model", "task")]
     record = {
         "format": 1,
-        "settings": {
-            # of a run that was tuned: one that was not took no steps
-            ", ".join(names): part.loc[part["steps"].idxmax(), settings].to_dict()
-            for names, part in runs.reset_index(drop=True).groupby(["model", "task"])
-        },
+        "settings": settings_of(runs, settings),
         "machine": machine(),
         "versions": versions(),
         "runs": runs.drop(columns=settings),

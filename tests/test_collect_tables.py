@@ -70,8 +70,8 @@ def test_finished_runs_are_collected_with_their_settings(collected):
     ]
     assert found["runs"][1]["mask"] == [1, 2]
     assert found["runs"][1]["test_columns"] == {"SOC": 0.90}
-    assert found["settings"]["tiny, elements"]["steps"] == 7
-    assert found["settings"]["tiny, elements"]["skip_rank"] == 64  # of ArmRun, where the grid does not say
+    assert found["settings"]["Tables 1, 5: tiny, elements"]["steps"] == 7
+    assert found["settings"]["Tables 1, 5: tiny, elements"]["skip_rank"] == 64  # of ArmRun, where the grid does not say
     assert len(found["times"]) == 2
 
 
