@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,4 +159,4 @@ def saved_mask(answer: Any, play: Any, k: int) -> tuple[bool, str]:
     mask = load_mask(answer, site_kinds=play.site_kinds)
     if len(mask) != k:
         return False, f"this file skips {len(mask)} sites, {list(mask)}; wanted {k}"
-    return True, f"{answer} skips {list(mask)}; loss {play.score(mask)['loss']:.4f}"
+    return True, f"{Path(answer).resolve()} skips {list(mask)}; loss {play.score(mask)['loss']:.4f}"
