@@ -92,7 +92,9 @@ def start(place, path, workers=2):
     command = [sys.executable, "-m", "eas_kit.cli", "sweep", str(path), "--out", str(place / "out")]
     command += ["--workers", str(workers), "--notebooks", str(place / "books")]
     log = open(place / "said.txt", "ab")  # noqa: SIM115
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    # tests that run in the background of a shell inherit an ignored SIGINT
+    reset = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=reset)
 
 
 def wait_for(condition, seconds=60):
