@@ -52,7 +52,7 @@ def settings_of(runs: pd.DataFrame, names: list[str]) -> dict[str, dict]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, help="folders of sweeps")
-    parser.add_argument("--times", type=Path, help="the folder of benchmarks/grids/times.yaml")
+    parser.add_argument("--times", nargs="+", type=Path, default=[], help="folders of benchmarks/grids/times.yaml")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tables.json")
     args = parser.parse_args(argv)
     runs = pd.concat([read(folder) for folder in args.sweeps], ignore_index=True)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(),
         "versions": versions(),
         "runs": runs.drop(columns=settings),
-        "times": [] if args.times is None else read(args.times).drop(columns=list(SETTINGS[2:]), errors="ignore"),
+        "times": pd.concat([pd.DataFrame(), *map(read, args.times)]).drop(columns=list(SETTINGS[2:]), errors="ignore"),
     }
     write_json(args.out, plain(record, "results"))
     print(runs.groupby(["table", "row"], sort=False)["test_accuracy"].agg(["size", "mean", "std"]).round(4).to_string())

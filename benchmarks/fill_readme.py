@@ -510,7 +510,8 @@ def tables() -> str:
     return (
         f"{'; '.join(said)}; {found['machine']['processor']}. Mean ± sd over seeds. *MACs*: millions of multiply-accumulates of the decoder "
         "layers for one prompt, adapters merged away where that is exact. *Decode*: against the table's first row or, in Table 6, against "
-        f"`base`, merged where the row is. Of the paper's {every} figures that `data/paper_tables.json` has room for, {known} are known to us.\n\n"
+        f"`base`, merged where the row is; rows were timed one after the other, and again, so it may be a tenth off (the tables of speed below "
+        f"are of rounds that alternate). Of the paper's {every} figures that `data/paper_tables.json` has room for, {known} are known to us.\n\n"
         + table(head, rows)
     )
 
