@@ -254,7 +254,8 @@ def ends_stopped(page, search: int) -> None:
     is_a_graph(cell)
     assert "stopped at step" in cell.locator(".gtitle").first.text_content()
     assert [error for cell in page.cells() for error in cell["errors"]] == []
-    assert page.ask("2 <= len(live.events) == len(result.history) < updates") == "True"
+    # the page may draw the state after one update twice, so that two pictures do not mean two updates
+    assert page.ask("1 <= len(live.events) == len(result.history) < updates") == "True"
     assert page.ask("len(result.skipped) == num_skipped") == "True"
 
 
